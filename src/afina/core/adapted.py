@@ -1,0 +1,222 @@
+"""The wrapper around one layer: the only place that knows which adapters act, in which order, for which rows, how they
+are merged and how a merge is undone."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from afina.core.adapter import Adapter, Base, Chain
+from afina.core.layers import LayerView, ParameterView, view_of
+from afina.core.runtime import Rows, Runtime, State
+from afina.errors import MergeError
+
+__all__ = ["AdaptedLayer"]
+
+
+class AdaptedLayer(nn.Module):
+    """A layer with named adapters around it.
+
+    `base_layer` is the layer itself, called as a module, so that hooks, offloading and quantised kernels keep working.
+    Attributes that the wrapper does not have are the layer's.
+    """
+
+    def __init__(self, base_layer: nn.Module, runtime: Runtime, *, view: LayerView | None = None):
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapters = nn.ModuleDict()
+        self.runtime = runtime
+        self.view = view if view is not None else view_of(base_layer)
+        self.merged: tuple[str, ...] = ()
+        self._kept: dict[str, Any] | None = None  # the stored form from before a merge
+        self._kept_layer: nn.Module | None = None  # the layer from before a merge that put a module in its place
+        self.first = _first_argument(type(base_layer))
+        self.training = base_layer.training
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":  # not there yet: while the object is being made or unpickled
+                raise
+            return getattr(self._modules["base_layer"], name)
+
+    def __len__(self) -> int:
+        return len(self.base_layer)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.base_layer)  # type: ignore[call-overload]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.base_layer[index]  # type: ignore[index]
+
+    # --- adapters
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        """Hold one more adapter; a second one of the same name goes on top of the first."""
+        if name in self.adapters:
+            present = self.adapters[name]
+            links = [*present.links] if isinstance(present, Chain) else [present]
+            adapter = Chain([*links, adapter])  # type: ignore[list-item]
+        adapter.train(self.training)
+        self.adapters[name] = adapter
+
+    # --- forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        state = self.runtime.state
+        if not state.enabled:
+            return self.base_layer(*args, **kwargs)
+        if state.rows is not None:
+            return self._forward_rows(state.rows, args, kwargs)
+        return self._forward_stack(state, args, kwargs)
+
+    def _forward_stack(self, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        held, merged = self.adapters._modules, self.merged
+        x: Any = None
+        base: Base | None = None
+        top: Any = None
+        for name in state.active:
+            adapter = held.get(name)
+            if adapter is None or name in merged:
+                continue
+            if base is None:
+                x, base = self._split(args, kwargs)
+            else:
+                base = Base(self.view, base, below=base, adapter=top)
+            top = adapter
+        if base is None:
+            return self.base_layer(*args, **kwargs)
+        if isinstance(self.view, ParameterView):
+            weight, _ = top.merge_into(*base.weights())
+            return self.view.call(weight, args, kwargs)
+        y = top.forward(x, base)
+        if isinstance(y, torch.Tensor) and base.dtype is not None and y.dtype != base.dtype:
+            y = y.to(base.dtype)
+        return y
+
+    def _split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Base]:
+        """The input, and the layer as a function of it; some models pass the input by name."""
+        if not args and self.first in kwargs:
+            kwargs = dict(kwargs)
+            args = (kwargs.pop(self.first),)
+        return (args[0] if args else None), Base(self.view, self.base_layer, args[1:], kwargs)
+
+    def _forward_rows(self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A batch whose rows use different adapters: each group of rows goes its own way."""
+        groups = [name for name in rows.groups if name in self.adapters]
+        if not groups:
+            return self.base_layer(*args, **kwargs)
+        x, whole = self._split(args, kwargs)
+        if x.shape[0] % len(rows.names):
+            raise MergeError(
+                f"adapter_names names {len(rows.names)} rows, but a {type(self.base_layer).__name__} was given a leading "
+                f"dimension of {x.shape[0]}: this layer does not see whole rows, so a mixed batch is not possible"
+            )
+        y = whole(x)
+        size = x.shape[0]
+        parts: list[tuple[torch.Tensor, Any]] = []
+        for name in groups:
+            index = rows.index(name, size, x.device)
+            some_args, some_kwargs = _take((whole.args, whole.kwargs), index, size)
+            base = Base(self.view, _Known(_take(y, index, size), self.base_layer), some_args, some_kwargs)
+            adapter: Any = self.adapters[name]
+            some_x = x[index]
+            base.call.x = some_x  # type: ignore[attr-defined]
+            parts.append((index, adapter.forward(some_x, base)))
+        return _put(y, parts)
+
+    # --- merging
+
+    def merge(self, names: Sequence[str], *, keep: bool = True) -> None:
+        """Put adapters into the stored weight, in order. `keep` holds on to what was stored, for `unmerge`."""
+        names = [name for name in names if name in self.adapters and name not in self.merged]
+        if not names:
+            return
+        if self.merged and self._kept is not None:  # start again from what was stored, so that order is all that counts
+            names = [*self.merged, *names]
+            self.unmerge()
+        adapters: list[Any] = [self.adapters[name] for name in names]
+        if stuck := [name for name, adapter in zip(names, adapters, strict=True) if not adapter.mergeable]:
+            raise MergeError(f"{', '.join(stuck)} ({type(adapters[0]).__name__}) cannot be merged into a layer")
+        if keep and self._kept is None:
+            self._kept, self._kept_layer = self.view.keep(), self.base_layer
+        whole = [adapter.merge_module() for adapter in adapters]
+        if any(module is not None for module in whole):
+            last = max(i for i, module in enumerate(whole) if module is not None)
+            self.base_layer = whole[last]  # type: ignore[assignment]
+            self.view = view_of(self.base_layer)
+            adapters = adapters[last + 1 :]
+        if adapters:
+            with torch.no_grad():
+                weight, bias = self.view.weight(), self.view.bias()
+                dtype = torch.promote_types(weight.dtype, torch.float32)
+                weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+                for adapter in adapters:
+                    weight, bias = adapter.merge_into(weight, bias)
+                if not bool(torch.isfinite(weight).all()):
+                    raise MergeError(f"merging {', '.join(names)} gives values that are not finite")
+                self.view.write(weight, bias)
+        self.merged += tuple(names)
+
+    def unmerge(self) -> None:
+        """Put back the stored bits from before `merge`."""
+        if not self.merged:
+            return
+        if self._kept is None or self._kept_layer is None:
+            raise MergeError("this layer was merged without keeping its weight; load the base model again")
+        if self.base_layer is not self._kept_layer:
+            self.base_layer = self._kept_layer
+            self.view = next(iter(self.adapters.values())).view  # type: ignore[assignment]
+        else:
+            self.view.restore(self._kept)
+        self._kept = self._kept_layer = None
+        self.merged = ()
+
+
+@functools.cache
+def _first_argument(layer: type[nn.Module]) -> str:
+    """Name of the input of a layer's forward."""
+    return next(iter([*inspect.signature(layer.forward).parameters][1:]), "")
+
+
+class _Known:
+    """The layer, whose output for one `x` is known already."""
+
+    def __init__(self, y: Any, layer: nn.Module):
+        self.y, self.layer = y, layer
+        self.x: Any = None
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.y if x is self.x else self.layer(x, *args, **kwargs)
+
+
+def _take(value: Any, index: torch.Tensor, size: int) -> Any:
+    """The rows `index` of every tensor whose leading dimension is the batch."""
+    if isinstance(value, torch.Tensor):
+        return value[index] if value.dim() and value.shape[0] == size else value
+    if isinstance(value, tuple | list):
+        return type(value)(_take(v, index, size) for v in value)
+    if isinstance(value, dict):
+        return {k: _take(v, index, size) for k, v in value.items()}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise MergeError(
+        f"a mixed batch cannot divide a {type(value).__name__} among its rows; pass use_cache=False or adapters that act "
+        "on single layers"
+    )
+
+
+def _put(y: Any, parts: list[tuple[torch.Tensor, Any]]) -> Any:
+    """`y` with some rows replaced; rows of no adapter stay as they are."""
+    if isinstance(y, torch.Tensor):
+        y = y.clone()
+        for index, rows in parts:
+            y[index] = rows.to(y.dtype)
+        return y
+    return type(y)(_put(v, [(index, rows[i]) for index, rows in parts]) for i, v in enumerate(y))

@@ -1,0 +1,401 @@
+"""The adapters of one model: putting them in, switching, merging, taking them out."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from afina.core.adapted import AdaptedLayer
+from afina.core.adapter import Adapter, Placement, SavedModule
+from afina.core.config import AdapterConfig, TargetedConfig, TaskType
+from afina.core.layers import ParameterView, view_of
+from afina.core.registry import get_method, method_for
+from afina.core.runtime import BASE_ROW, Rows, Runtime, State, replayed
+from afina.core.targets import ModuleMap, compact_names
+from afina.core.ties import tied_groups, tied_names
+from afina.errors import AdapterNameError, MergeError, Problems, TargetError, did_you_mean, shortened
+
+__all__ = ["AdapterSet", "Injected", "new_modules"]
+
+logger = logging.getLogger("afina")
+ATTRIBUTE = "afina_adapters"  # where a model keeps its AdapterSet
+_WITH_NEW_HEAD = {TaskType.SEQ_CLS.value, TaskType.TOKEN_CLS.value, TaskType.QUESTION_ANS.value}
+
+
+@dataclass
+class Injected:
+    """What one call of `AdapterSet.add` did."""
+
+    adapted: dict[str, str] = field(default_factory=dict)  # path -> class of adapter
+    saved: list[str] = field(default_factory=list)  # modules trained whole
+    new: list[str] = field(default_factory=list)  # of these, newly initialised ones nobody asked for
+
+
+class AdapterSet:
+    """All adapters of one model. One set a model; `AdapterSet.of(model)` finds it."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.runtime = Runtime()
+        self.configs: dict[str, AdapterConfig] = {}
+        self.layers: dict[str, AdaptedLayer] = {}  # "path" or "path#parameter", in the names of the bare model
+        self.injected: dict[str, Injected] = {}
+        self.prompts = nn.ModuleDict()  # by adapter name; hung into the tree by PeftModel
+        self._map: ModuleMap | None = None
+        model.__dict__[ATTRIBUTE] = self
+
+    @staticmethod
+    def of(model: nn.Module) -> AdapterSet | None:
+        """The set of a model, or None where it has no adapters."""
+        return model.__dict__.get(ATTRIBUTE)
+
+    @property
+    def map(self) -> ModuleMap:
+        """Structure of the bare model."""
+        if self._map is None:
+            self._map = ModuleMap(self.model)
+        return self._map
+
+    def forget_map(self) -> None:
+        """Look at the structure again: modules of the base were replaced."""
+        self._map = None
+
+    # --- putting adapters in
+
+    def add(self, name: str, config: AdapterConfig, *, initialise: bool = True, strict: bool = True) -> AdapterConfig:
+        """Put the adapters of one configuration around the layers it means.
+
+        Returns the configuration with everything resolved (default targets, new heads). With `initialise=False` the
+        parameters hold no values yet; `strict=False` lets requested names without a match pass, for a checkpoint whose
+        keys are compared afterwards. Nothing is changed when an error is raised.
+        """
+        self.check_new_name(name)
+        found = Injected()
+        if not self.configs:
+            self._freeze()
+        config = self.resolve_saved(config, found, strict=strict)
+        plan = self._plan(config, strict=strict)
+        if isinstance(config, TargetedConfig):
+            config = self._resolved(config, plan)
+        built = self._build(plan, config, initialise)
+        for placement, view, adapter in built:
+            layer = self._wrap(placement, view)
+            adapter.requires_grad_(False)
+            layer.add(name, adapter)
+            if isinstance(adapter, SavedModule):
+                found.saved.append(placement.path)
+            else:
+                found.adapted[self._key(placement)] = type(adapter).__name__
+        self.configs[name] = config
+        self.injected[name] = found
+        self.remember_state()
+        return config
+
+    def check_new_name(self, name: str) -> None:
+        """Raise AdapterNameError for a name that is taken or cannot be one."""
+        if name in self.configs:
+            raise AdapterNameError(f"adapter {name!r} is there already; delete_adapter({name!r}) first, or take another name")
+        if not name or "." in name or name == BASE_ROW or name in dir(nn.ModuleDict):
+            raise AdapterNameError(f"adapter name {name!r} cannot be used: no dots, not empty, not {BASE_ROW!r}")
+
+    def _freeze(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+
+    def resolve_saved(self, config: Any, found: Injected, *, strict: bool) -> Any:
+        """The configuration with every newly initialised module and every new head in `modules_to_save` (T5)."""
+        problems = Problems(type(config).__name__)
+        asked = self.map.saved_names(config.modules_to_save, problems, strict=strict)
+        problems.raise_as(TargetError)
+        names = list(config.modules_to_save or ())
+        if strict:
+            new = new_modules(self.map)
+            if config.task_type in _WITH_NEW_HEAD:
+                new += [n for n in self.map.modules if self.map._in_head(n) and "." not in n]
+            for path in dict.fromkeys(new):
+                if not any(path == a or path.startswith(f"{a}.") for a in asked):
+                    if next(self.map.modules[path].parameters(), None) is None:
+                        continue
+                    names.append(path)
+                    asked.append(path)
+                    found.new.append(path)
+            if self._saved_everything(names, config):
+                raise TargetError(f"modules_to_save={names} covers the whole model; there is nothing left to adapt")
+        return dataclasses.replace(config, modules_to_save=names or None)
+
+    def _saved_everything(self, names: list[str], config: Any) -> bool:
+        return bool(names) and all(any(p.startswith(f"{n}.") for n in names) for p, _ in self.model.named_parameters())
+
+    def _plan(self, config: Any, *, strict: bool) -> list[Placement]:
+        problems = Problems(type(config).__name__)
+        plan: list[Placement] = []
+        method = method_for(config)
+        if method.kind == "layer":
+            plan += method.adapter.placements(self.map, config, strict=strict)
+        saved = self.map.saved_names(config.modules_to_save, problems, strict=False)
+        tie = getattr(config, "ensure_weight_tying", False)
+        for path in saved:
+            others = [n for n in tied_names(self.map, path) if n != path]
+            if others and not tie and strict and not set(others) <= set(saved):
+                problems.add(
+                    f"modules_to_save trains {path!r}, whose weight is tied to {shortened(others)}: training one side "
+                    f"alone would break the tie (T6). Set ensure_weight_tying=True to train both as one, or name both "
+                    "to train them apart"
+                )
+            plan.append(Placement(path, SavedModule))
+            if tie:
+                plan += [Placement(o, SavedModule, shares=path) for o in others if o not in saved]
+        if tie:
+            for i, path in enumerate(saved):
+                first = next((s for s in saved[:i] if s in tied_names(self.map, path)), None)
+                if first is not None:
+                    next(p for p in plan if p.path == path and p.adapter is SavedModule).shares = first
+        tokens = getattr(config, "trainable_token_indices", None)
+        if tokens:
+            plan += get_method("trainable_tokens").adapter.companions(self.map, tokens, tie=tie, problems=problems)
+        self._check_kinds(plan, problems)
+        problems.raise_as(TargetError)
+        return plan
+
+    def _check_kinds(self, plan: Iterable[Placement], problems: Problems) -> None:
+        for placement in plan:
+            module = self.map.modules[placement.path]
+            if placement.parameter is not None:
+                kind = "parameter"
+            else:
+                try:
+                    kind = view_of(module).kind
+                except TargetError as error:
+                    problems.add(f"{placement.path}: {error}")
+                    continue
+            if kind not in placement.adapter.kinds:
+                problems.add(
+                    f"{placement.path} is a {type(module).__name__}, which {placement.adapter.__name__} cannot adapt "
+                    f"(it adapts layers of kind {', '.join(sorted(placement.adapter.kinds))})"
+                )
+
+    def _resolved(self, config: TargetedConfig, plan: list[Placement]) -> TargetedConfig:
+        """The configuration with targets by name where they were found by default, so that a file says them."""
+        if config.target_modules is not None and config.target_modules != "all-linear" and not config.target_scope:
+            return config
+        own = method_for(config).adapter
+        paths = [p.path for p in plan if p.parameter is None and issubclass(p.adapter, own)]
+        return dataclasses.replace(config, target_modules=compact_names(paths, self.map.modules))
+
+    def _build(
+        self, plan: list[Placement], config: Any, initialise: bool
+    ) -> list[tuple[Placement, Any, Adapter]]:
+        """Make all adapters before anything is changed in the model."""
+        built: list[tuple[Placement, Any, Adapter]] = []
+        by_path: dict[str, Adapter] = {}
+        for placement in plan:
+            layer = self.layers.get(self._key(placement))
+            if layer is not None:
+                view = layer.view
+            else:
+                module = self.map.modules[placement.path]
+                view = view_of(module, placement.parameter)
+            own = placement.config if placement.config is not None else config.for_module(placement.path)
+            device = "cpu" if not initialise and view.device.type == "meta" else None
+            adapter = placement.adapter(view, own, device=device, initialise=initialise)
+            if placement.shares is not None:
+                adapter.share(by_path[placement.shares])
+            by_path[placement.path] = adapter
+            built.append((placement, view, adapter))
+        return built
+
+    @staticmethod
+    def _key(placement: Placement) -> str:
+        return placement.path if placement.parameter is None else f"{placement.path}#{placement.parameter}"
+
+    def _wrap(self, placement: Placement, view: Any) -> AdaptedLayer:
+        """The wrapper at a path, made and hung into the tree where there is none yet."""
+        key = self._key(placement)
+        if key in self.layers:
+            return self.layers[key]
+        places = [placement.path, *self.map.aliases.get(placement.path, ())]
+        parent, leaf = self._parent(places[0])
+        present: nn.Module = parent._modules[leaf]  # type: ignore[assignment]
+        if isinstance(view, ParameterView):  # wrapped from outside, around wrappers of other parameters
+            view.enter(present)
+        view.prepare()
+        layer = AdaptedLayer(present, self.runtime, view=view)
+        for place in places:
+            parent, leaf = self._parent(place)
+            parent._modules[leaf] = layer
+        self.layers[key] = layer
+        return layer
+
+    def _parent(self, path: str) -> tuple[nn.Module, str]:
+        above, _, leaf = path.rpartition(".")
+        return (self.map.modules[above] if above else self.model), leaf
+
+    # --- switching
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the active adapters, in the order they are applied."""
+        return self.runtime.state.active
+
+    def check_names(self, names: Iterable[str], *, allow: Sequence[str] = ()) -> None:
+        """Raise AdapterNameError naming every unknown name."""
+        unknown = [n for n in dict.fromkeys(names) if n not in self.configs and n not in allow]
+        if unknown:
+            raise AdapterNameError(
+                f"no adapter is called {' or '.join(map(repr, unknown))}." + did_you_mean(unknown[0], [*self.configs, *allow])
+            )
+
+    def set_active(self, names: str | Sequence[str], *, trainable: bool = True) -> None:
+        """Make these adapters act, in this order, and train; the others do neither (T10)."""
+        names = (names,) if isinstance(names, str) else tuple(names)
+        self.check_names(names)
+        if any(layer.merged for layer in self.layers.values()):
+            self.unmerge()
+        for name in {*self.active} - {*names}:
+            self.set_trainable(name, False)
+        self.runtime.set(active=names)
+        for name in names:
+            self.set_trainable(name, trainable)
+
+    def set_trainable(self, name: str, trainable: bool) -> None:
+        """Let the parameters of one adapter take gradients, or not."""
+        for adapter in self.adapters(name):
+            adapter.requires_grad_(trainable)
+
+    def adapters(self, name: str) -> Iterator[Any]:
+        """The adapters of one name, layer by layer, and its prompt."""
+        if name in self.prompts:
+            yield self.prompts[name]
+        for layer in self.layers.values():
+            if name in layer.adapters:
+                yield layer.adapters[name]
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base model inside the block: merged weights are put back for as long."""
+        merged = self.merged
+        if merged:
+            self.unmerge()
+        with self.runtime.using(State(self.active, enabled=False)):
+            yield
+        if merged:
+            self.merge(merged)
+
+    def set_rows(self, names: Sequence[str] | None) -> None:
+        """Say which adapter each row of the coming batches uses; None: all rows use the active ones."""
+        if names is None:
+            if self.runtime.state.rows is not None:
+                self.runtime.set(rows=None)
+            return
+        self.check_names(names, allow=(BASE_ROW,))
+        if self.merged:
+            raise MergeError("adapter_names: a mixed batch needs unmerged adapters; call unmerge_adapter() first")
+        fused = [key for key, layer in self.layers.items() if {*names} & {*layer.adapters} and "#" in key]
+        experts = [p for p in self.layers if ".experts." in f".{p}." and "#" not in p]
+        if fused or experts:
+            raise MergeError(
+                f"adapter_names: {shortened(fused or experts)} see tokens sorted by expert, not rows of the batch, so "
+                "rows cannot use different adapters there"
+            )
+        self.runtime.set(rows=Rows(names))
+
+    def remember_state(self) -> None:
+        """Make checkpointed blocks run again under the state they were first run with."""
+        for module in self.model.modules():
+            function = module.__dict__.get("_gradient_checkpointing_func")
+            if function is not None and not isinstance(function, replayed):
+                module.__dict__["_gradient_checkpointing_func"] = replayed(function, self.runtime)
+
+    # --- taking adapters out
+
+    def delete(self, name: str) -> None:
+        """Remove an adapter; where it was the only active one, the first that is left becomes active."""
+        self.check_names([name])
+        if name in self.merged:
+            raise MergeError(f"adapter {name!r} is merged into the base; call unmerge_adapter() first")
+        for layer in self.layers.values():
+            if name in layer.adapters:
+                del layer.adapters[name]
+        if name in self.prompts:
+            del self.prompts[name]
+        del self.configs[name], self.injected[name]
+        left = tuple(n for n in self.active if n != name)
+        if not left and self.configs and name in self.active:
+            left = (next(iter(self.configs)),)
+            logger.warning("adapter %r was active and is deleted; %r is active now", name, left[0])
+        self.set_active(left)
+
+    def unload(self) -> nn.Module:
+        """Take every wrapper out of the tree; returns the model, with whatever has been merged into it."""
+        for key, layer in reversed(self.layers.items()):
+            path = key.split("#")[0]
+            for place in (path, *self.map.aliases.get(path, ())):
+                parent, leaf = self._parent(place)
+                parent._modules[leaf] = layer.base_layer
+        self.layers.clear()
+        self.model.__dict__.pop(ATTRIBUTE, None)
+        return self.model
+
+    # --- merging
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """Names of the adapters that are merged into some layer."""
+        return tuple(dict.fromkeys(n for layer in self.layers.values() for n in layer.merged))
+
+    def merge(self, names: Sequence[str] | None = None, *, keep: bool = True) -> None:
+        """Put adapters into the stored weights, all of them or none; `keep` holds on to what was stored."""
+        names = tuple(self.active if names is None else names)
+        self.check_names(names)
+        problems = Problems("merge")
+        for key, layer in self.layers.items():
+            for name in names:
+                if name in layer.adapters and not layer.adapters[name].mergeable:
+                    problems.add(f"{key}: {type(layer.adapters[name]).__name__} ({name}) cannot be merged")
+        for name in names:
+            if method_for(self.configs[name]).kind == "prompt":
+                problems.add(f"{name} is a prompt ({type(self.configs[name]).__name__}): it has no weight to merge into")
+        problems.raise_as(MergeError)
+        ties = tied_groups(self.model)
+        try:
+            for layer in self.layers.values():
+                layer.merge(names, keep=keep)
+        except MergeError:
+            if keep:
+                self.unmerge()
+            raise
+        self._map = None
+        ties.mend(self.model, untie=not keep)
+
+    def unmerge(self) -> None:
+        """Put back the stored bits from before every merge."""
+        for layer in self.layers.values():
+            layer.unmerge()
+        self._map = None
+
+
+def new_modules(modules: ModuleMap) -> list[str]:
+    """Modules whose weights were not in the checkpoint the model was loaded from, outermost first.
+
+    transformers marks every parameter that it loaded; a model that was made from a configuration has no marks, and
+    nothing is said of it.
+    """
+    loaded: Callable[[torch.Tensor], bool] = lambda p: bool(getattr(p, "_is_hf_initialized", False))  # noqa: E731
+    marks = {name: loaded(p) for name, p in modules.model.named_parameters()}
+    if not any(marks.values()) or all(marks.values()):
+        return []
+    new = []
+    for path, module in modules.modules.items():
+        names = [f"{path}.{n}" for n, _ in module.named_parameters()]
+        fresh = [n for n in names if marks.get(n) is False]
+        if names and len(fresh) == len([n for n in names if n in marks]) and fresh:
+            if not any(path.startswith(f"{outer}.") for outer in new):
+                new.append(path)
+    return new

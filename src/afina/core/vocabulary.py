@@ -1,0 +1,99 @@
+"""Vocabularies that were enlarged (T8): the embeddings are stored with the adapter, and the base is resized at load."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+
+from afina.core.injection import AdapterSet
+from afina.errors import CheckpointError
+
+__all__ = ["fit_vocabulary", "place_embeddings", "resized_embeddings", "tokenizer_hash"]
+
+PREFIX = "base_model.model."
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Hash of vocabulary and special tokens."""
+    content = [sorted(tokenizer.get_vocab().items()), sorted((k, str(v)) for k, v in tokenizer.special_tokens_map.items())]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def _embeddings(adapters: AdapterSet) -> dict[str, torch.Tensor]:
+    """Weights of the input embedding and the output head of the bare model, by path."""
+    model: Any = adapters.model
+    found = {}
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(model, get)()
+        except (AttributeError, NotImplementedError):
+            continue
+        module = getattr(module, "base_layer", module)
+        path = next((n for n, m in adapters.map.modules.items() if m is module), None)
+        if path is not None:
+            found[path] = module.weight
+    return found
+
+
+def resized_embeddings(peft_model: Any, state: dict[str, Any], save: str | bool) -> dict[str, torch.Tensor]:
+    """The embeddings that go into the file: with "auto", those whose rows are not those of the base's own checkpoint."""
+    if save is False:
+        return {}
+    adapters: AdapterSet = peft_model.adapters
+    tensors = {f"{PREFIX}{path}.weight": weight for path, weight in _embeddings(adapters).items()}
+    if save == "auto":
+        rows = _rows_of_checkpoint(adapters.model)
+        if rows is None or all(t.shape[0] == rows for t in tensors.values()):
+            return {}
+    return {key: tensor for key, tensor in tensors.items() if key not in state}
+
+
+def _rows_of_checkpoint(model: Any) -> int | None:
+    """Vocabulary of the checkpoint the base was loaded from, or None where it cannot be told without a download."""
+    path = getattr(getattr(model, "config", None), "_name_or_path", None)
+    if not path:
+        return None
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
+def fit_vocabulary(adapters: AdapterSet, state: dict[str, torch.Tensor], rows: int | None, source: str) -> None:
+    """Resize the base to the vocabulary an adapter was trained with; raises CheckpointError where that cannot be done."""
+    here = _embeddings(adapters)
+    if not here:
+        return
+    stored = [state[key] for path in here if (key := f"{PREFIX}{path}.weight") in state]
+    present = next(iter(here.values())).shape[0]
+    wanted = stored[0].shape[0] if stored else rows
+    if wanted is None or wanted == present:
+        return
+    if not stored:
+        raise CheckpointError(
+            f"{source} was trained with a vocabulary of {wanted} rows, this base has {present}, and the file holds no "
+            f"embeddings: call base.resize_token_embeddings({wanted}) with the same tokenizer first"
+        )
+    if adapters.layers:
+        raise CheckpointError(
+            f"{source} has a vocabulary of {wanted} rows, this base has {present}, and it cannot be resized under the "
+            "adapters it has; load this one first"
+        )
+    model: Any = adapters.model
+    model.resize_token_embeddings(wanted, mean_resizing=False)
+    adapters.forget_map()
+
+
+def place_embeddings(adapters: AdapterSet, state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Put the embeddings of a file that are no adapter's into the base; `state` loses their keys."""
+    with torch.no_grad():
+        for path, weight in _embeddings(adapters).items():
+            key = f"{PREFIX}{path}.weight"
+            if key in state and key not in expected and state[key].shape == weight.shape:
+                weight.copy_(state.pop(key))

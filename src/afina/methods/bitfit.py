@@ -1,0 +1,77 @@
+"""BitFit: train the biases alone. y = base(x) + (b' - b).
+
+Ben Zaken et al. 2021, https://arxiv.org/abs/2106.10199. Cost: one addition a layer; kept for backward: nothing.
+The trained bias is the adapter's own, so that switching the adapter off gives back the base exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from afina.core.adapter import Adapter, Base, Placement, Weights
+from afina.core.config import TargetedConfig
+from afina.core.layers import view_of
+from afina.core.registry import register
+from afina.core.targets import ModuleMap
+from afina.errors import TargetError
+
+__all__ = ["Bias", "BitFitConfig"]
+
+
+@dataclass
+class BitFitConfig(TargetedConfig):
+    """Options of BitFit: which layers' biases to train; all of them by default."""
+
+    peft_type: ClassVar[str] = "BITFIT"
+
+
+@register(
+    "bitfit",
+    config=BitFitConfig,
+    trains="every bias",
+    cost="1 addition a layer; none when merged",
+    paper="https://arxiv.org/abs/2106.10199",
+)
+class Bias(Adapter):
+    kinds = frozenset({"linear", "conv", "norm"})
+    backward_bytes = "nothing"
+
+    def build(self, config: Any) -> None:
+        bias = self.view.bias()
+        if bias is None:
+            raise TargetError(f"a {type(self.view.layer).__name__} without a bias cannot have its bias trained")
+        self.parameter("bias", bias.shape)
+        self.register_buffer("before", bias.detach().to(self.device, self.dtype, copy=True), persistent=False)
+
+    @torch.no_grad()
+    def reset(self, config: Any) -> None:
+        self.bias.copy_(self.before)
+
+    def forward(self, x: torch.Tensor, base: Base) -> torch.Tensor:
+        y = base(x)
+        return y + self.view.per_output((self.bias - self.before).to(y.dtype))
+
+    def merge_into(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Weights:
+        assert bias is not None
+        return weight, bias + (self.bias - self.before).to(bias.dtype)
+
+    @staticmethod
+    def fits(modules: ModuleMap, path: str) -> bool:
+        """Whether the module at `path` has a bias this method can train."""
+        module = modules.modules[path]
+        return module._parameters.get("bias") is not None and view_of(module).kind in Bias.kinds
+
+    @classmethod
+    def everywhere(cls, modules: ModuleMap, config: Any) -> list[Placement]:
+        """Every bias outside the modules that are trained whole."""
+        saved = tuple(f"{s}." for s in config.modules_to_save or ())
+        names = [n for n in modules.modules if cls.fits(modules, n)]
+        heads = set(config.modules_to_save or ())
+        return [Placement(n, cls) for n in names if n not in heads and not n.startswith(saved)]
+
+    @classmethod
+    def default_targets(cls, modules: ModuleMap) -> list[str]:
+        return [n for n in modules.modules if cls.fits(modules, n)]

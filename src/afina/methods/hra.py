@@ -1,0 +1,70 @@
+"""HRA: rotate the input by a chain of r Householder reflections. y = base(x R), R = H_1 ... H_r, H = I - 2 u u.T / |u|^2.
+
+Yuan et al. 2024, https://arxiv.org/abs/2405.17484. Cost: 2 r products of the width a row; kept for backward: x and the
+r reflected inputs. It starts as the base when the vectors come in equal pairs, whose reflections cancel; r is even then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from afina.core.adapter import Rotation, cast
+from afina.core.config import TargetedConfig, option
+from afina.core.registry import register
+from afina.errors import Problems
+
+__all__ = ["HRA", "HRAConfig"]
+
+
+@dataclass
+class HRAConfig(TargetedConfig):
+    """Options of HRA."""
+
+    peft_type: ClassVar[str] = "HRA"
+    overrides: ClassVar[Mapping[str, str]] = {"rank_pattern": "r"}
+    foreign: ClassVar[Mapping[str, object]] = {"apply_GS": False, "bias": "none"}
+    beyond_peft: ClassVar[frozenset[str]] = frozenset({"trainable_token_indices", "ensure_weight_tying"})
+
+    r: int = option(8, "number of reflections, even", low=1)
+    init_weights: bool = option(True, "start as the base; False: random vectors")
+    rank_pattern: dict[str, int] = option(None, "r of the modules that a pattern names", factory=dict)
+
+    def check(self, problems: Problems) -> None:
+        super().check(problems)
+        if self.init_weights and isinstance(self.r, int) and self.r % 2:
+            problems.add(f"r={self.r}: an even number is needed to start as the base (init_weights=True)")
+
+
+@register(
+    "hra",
+    config=HRAConfig,
+    trains="r reflections of each layer's input",
+    cost="2 r products of the width a row; none when merged",
+    paper="https://arxiv.org/abs/2405.17484",
+)
+class HRA(Rotation):
+    backward_bytes = "x once for every reflection"
+
+    def build(self, config: HRAConfig) -> None:
+        self.parameter("hra_u", (self.view.in_features, config.r))
+
+    @torch.no_grad()
+    def reset(self, config: HRAConfig) -> None:
+        half = torch.empty(self.hra_u.shape[0], (config.r + 1) // 2, device=self.device, dtype=self.dtype)
+        torch.nn.init.kaiming_uniform_(half, a=5**0.5)
+        if config.init_weights:
+            self.hra_u.copy_(half.repeat_interleave(2, dim=1)[:, : config.r])
+        else:
+            torch.nn.init.kaiming_uniform_(self.hra_u, a=5**0.5)
+
+    def rotate(self, x: torch.Tensor, *, transposed: bool = False) -> torch.Tensor:
+        vectors = torch.nn.functional.normalize(self.hra_u, dim=0)
+        columns = range(vectors.shape[1])
+        for i in reversed(columns) if transposed else columns:
+            u = cast(vectors[:, i], x)
+            x = x - 2 * (x @ u).unsqueeze(-1) * u
+        return x

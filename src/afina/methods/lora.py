@@ -1,0 +1,193 @@
+"""LoRA: a low-rank matrix beside the frozen weight. y = base(x) + (alpha / r) B A x.
+
+Hu et al. 2021, https://arxiv.org/abs/2106.09685; rank-stabilised scaling alpha / sqrt(r): Kalajdzievski 2023,
+https://arxiv.org/abs/2312.03732. Cost: two thin products a layer; kept for backward: x and the r values of A x.
+
+Convolutions: A is a convolution to r channels with the layer's own kernel, stride, padding and dilation, B a pointwise
+one. For grouped convolutions each group has r channels of its own, so that the product is again a grouped convolution
+and can be merged (PEFT mixes the groups in A there and cannot merge; such files are not interchangeable).
+Stacks of matrices (fused experts): one pair of factors a matrix, stored as PEFT does, A expert by expert, B with the
+expert as the fastest index.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from afina.core.adapter import Delta, Placement, cast, drop
+from afina.core.config import TargetedConfig, option
+from afina.core.registry import register
+from afina.core.targets import ModuleMap, matches_any
+from afina.errors import Problems, TargetError, did_you_mean
+from afina.methods.bitfit import Bias
+
+__all__ = ["LoRA", "LoraConfig"]
+
+
+@dataclass
+class LoraConfig(TargetedConfig):
+    """Options of LoRA and the methods built on its factors."""
+
+    peft_type: ClassVar[str] = "LORA"
+    overrides: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
+    beyond_peft: ClassVar[frozenset[str]] = frozenset()
+    foreign: ClassVar[Mapping[str, Any]] = {
+        "alora_invocation_tokens": None, "arrow_config": None, "corda_config": None, "eva_config": None,
+        "kasa_config": None, "layer_replication": None, "loftq_config": {}, "lora_ga_config": None,
+        "megatron_config": None, "megatron_core": "megatron.core", "monteclora_config": None, "qalora_group_size": 16,
+        "runtime_config": None, "use_bdlora": None, "use_qalora": False, "velora_config": None,
+    }  # fmt: skip
+
+    r: int = option(8, "rank", low=1)
+    lora_alpha: float = option(8, "strength: the product is scaled by lora_alpha / r")
+    lora_dropout: float = option(0.0, "dropout on the input of A", low=0.0, high=1.0)
+    fan_in_fan_out: bool = option(False, "in PEFT's files; afina sees for itself how a layer stores its weight")
+    bias: str = option("none", "train biases as well", choices=("none", "all", "lora_only"))
+    use_rslora: bool = option(False, "scale by lora_alpha / sqrt(r) instead")
+    init_lora_weights: Any = option(True, "True or 'gaussian': start as the base; False: both factors random")
+    rank_pattern: dict[str, int] = option(None, "rank of the modules that a pattern names", factory=dict)
+    alpha_pattern: dict[str, float] = option(None, "lora_alpha of the modules that a pattern names", factory=dict)
+    use_dora: bool = option(False, "train direction and magnitude apart (DoRA)")
+    lora_bias: bool = option(False, "a trained bias on B")
+    target_parameters: Any = option(None, "bare parameters to adapt, such as the fused experts of a mixture")
+
+    def check(self, problems: Problems) -> None:
+        super().check(problems)
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            problems.add(f"init_lora_weights={self.init_lora_weights!r}: expected True, False or 'gaussian'")
+        if self.lora_bias and self.use_dora:
+            problems.add("lora_bias=True and use_dora=True exclude each other: DoRA rescales what the bias is added to")
+        if self.target_parameters:
+            for name in ("lora_dropout", "use_dora", "lora_bias"):
+                if getattr(self, name):
+                    problems.add(f"{name}={getattr(self, name)!r} is not possible with target_parameters")
+
+    @property
+    def scaling(self) -> float:
+        """Factor of the product B A."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+@register(
+    "lora",
+    config=LoraConfig,
+    trains="a low-rank matrix beside each weight",
+    cost="2 thin products a layer; none when merged",
+    paper="https://arxiv.org/abs/2106.09685",
+)
+class LoRA(Delta):
+    kinds = frozenset({"linear", "conv", "embedding", "parameter"})
+    checkpoint_keys: ClassVar[dict[str, str]] = {
+        "lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": "lora_B.bias",
+    }  # fmt: skip
+    backward_bytes = "x and r values a row"
+
+    def build(self, config: LoraConfig) -> None:
+        self.r, self.scaling, self.p = config.r, config.scaling, config.lora_dropout
+        view, r = self.view, config.r
+        self.matrices = math.prod(view.weight_shape[:-2]) if view.kind == "parameter" else 1
+        if view.kind == "embedding":
+            self.checkpoint_keys = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
+        out, n_in = view.out_features, view.in_features
+        self.parameter("lora_A", self._conv((r, n_in), kernel=True) if view.kind == "conv" else (r * self.matrices, n_in))
+        self.parameter("lora_B", self._conv((out, r)) if view.kind == "conv" else (out, r * self.matrices))
+        if config.lora_bias:
+            self.parameter("lora_bias", (out,))
+            if view.bias() is None:
+                raise TargetError("lora_bias=True needs layers with a bias of their own, or it could not be merged")
+
+    def _conv(self, shape: tuple[int, int], *, kernel: bool = False) -> tuple[int, ...]:
+        conv: Any = self.view.layer
+        if kernel:
+            return (shape[0], shape[1] // conv.groups, *conv.kernel_size)
+        return (*shape, *[1] * len(conv.kernel_size))
+
+    @torch.no_grad()
+    def reset(self, config: LoraConfig) -> None:
+        zero, random = (self.lora_A, self.lora_B) if self.view.kind == "embedding" else (self.lora_B, self.lora_A)
+        if self.view.kind == "embedding":
+            random.normal_()
+        elif config.init_lora_weights == "gaussian":
+            random.normal_(std=1 / config.r)
+        else:
+            random.uniform_(-1, 1).mul_(1 / math.sqrt(math.prod(random.shape[1:])))
+        if config.init_lora_weights is False:
+            zero.uniform_(-1, 1).mul_(1 / math.sqrt(math.prod(zero.shape[1:])))
+        else:
+            zero.zero_()
+        if config.lora_bias:
+            self.lora_bias.zero_()
+
+    def delta_weight(self) -> torch.Tensor:
+        if self.view.kind != "parameter" or len(self.view.weight_shape) == 2:
+            return self.lora_B.flatten(1) @ self.lora_A.flatten(1) * self.scaling
+        down = self.lora_A.reshape(self.matrices, self.r, -1)
+        up = self.lora_B.reshape(-1, self.r, self.matrices)
+        delta = torch.einsum("ore,eri->eoi", up, down) * self.scaling
+        return delta.reshape(self.view.weight_shape)
+
+    def delta_bias(self) -> torch.Tensor | None:
+        bias = self._parameters.get("lora_bias")
+        return None if bias is None else bias * self.scaling
+
+    def delta(self, x: torch.Tensor) -> torch.Tensor:
+        view = self.view
+        if view.kind == "embedding":
+            rows = F.embedding(x, self.lora_A.T) @ self.lora_B.T
+            return view.scaled(rows) * self.scaling  # type: ignore[attr-defined]
+        z = view.project(drop(x, self.p, self.training), cast(self.lora_A, x).flatten(1))
+        y = view.expand(z, cast(self.lora_B, x).flatten(1)) * self.scaling
+        shift = self.delta_bias()
+        return y if shift is None else y + view.per_output(cast(shift, x))
+
+    def add_to(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if self.view.kind != "linear" or y.dtype != x.dtype or y.dim() < 2 or "lora_bias" in self._parameters:
+            return super().add_to(y, x)
+        z = F.linear(drop(x, self.p, self.training), cast(self.lora_A, x))
+        up = cast(self.lora_B, x)  # y + scaling * z @ B.T in one call
+        return torch.addmm(y.flatten(0, -2), z.flatten(0, -2), up.T, alpha=self.scaling).view(y.shape)
+
+    @classmethod
+    def placements(cls, modules: ModuleMap, config: Any, *, strict: bool) -> list[Placement]:
+        parameters = cls._bare_parameters(modules, config, strict=strict)
+        if parameters and config.target_modules is None:
+            paths: list[str] = []
+        else:
+            paths = modules.select(config, cls.default_targets, strict=strict)
+        plan = [Placement(path, cls) for path in paths]
+        for path, name in parameters:
+            plan.append(Placement(path, cls, parameter=name, config=config.for_module(f"{path}.{name}")))
+        if config.bias != "none":
+            plan += [Placement(path, WrappedBias) for path in paths if WrappedBias.fits(modules, path)]
+        if config.bias == "all":
+            plan += [p for p in Bias.everywhere(modules, config) if p.path not in set(paths)]
+        return plan
+
+    @staticmethod
+    def _bare_parameters(modules: ModuleMap, config: Any, *, strict: bool) -> list[tuple[str, str]]:
+        wanted, problems = config.target_parameters or [], Problems("LoraConfig")
+        found: list[tuple[str, str]] = []
+        names = {}
+        for path, module in modules.modules.items():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.dim() >= 2:
+                    names[f"{path}.{name}"] = (path, name)
+        hit = {full: place for full, place in names.items() if matches_any(list(wanted), full)}
+        for entry in wanted:
+            if strict and not any(matches_any([entry], full) for full in hit):
+                problems.add(f"target_parameters entry {entry!r} matches no parameter.{did_you_mean(entry, names)}")
+        problems.raise_as(TargetError)
+        found.extend(hit.values())
+        return found
+
+
+class WrappedBias(Bias):
+    """The bias of a layer that has a LoRA as well; PEFT's files name it below `base_layer`."""
+
+    checkpoint_keys: ClassVar[dict[str, str]] = {"bias": "base_layer.bias"}

@@ -1,0 +1,787 @@
+"""The face: PEFT's names and meanings over the core.
+
+Where afina means something else on purpose it says so: wrapping an adapted model again is an error, `state_dict()` holds
+the adapters alone (the base is frozen and has a checkpoint of its own), merging a tied weight never changes the other
+side, and combining adapters reports its error.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from afina.core import checkpoint
+from afina.core.codecs import logical_numel
+from afina.core.combine import combine
+from afina.core.config import AdapterConfig, PromptConfig, resolve_file
+from afina.core.files import read_weights
+from afina.core.fingerprint import differences, fingerprint
+from afina.core.injection import AdapterSet
+from afina.core.prompts import PromptFeeder, complete_prompt_config
+from afina.core.registry import method_for
+from afina.core.report import card, table
+from afina.core.vocabulary import fit_vocabulary, place_embeddings, resized_embeddings, tokenizer_hash
+from afina.errors import (
+    AdapterNameError,
+    AlreadyAdaptedError,
+    BaseMismatchError,
+    CheckpointError,
+    ConfigError,
+)
+
+__all__ = [
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "get_peft_config",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
+    "prepare_model_for_kbit_training",
+    "set_peft_model_state_dict",
+]
+
+logger = logging.getLogger("afina")
+
+
+class AdaptedBase(nn.Module):
+    """Holds the base model, so that names read `base_model.model...` as PEFT's do."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self._modules["model"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+class PeftModel(nn.Module):
+    """A base model with adapters. Everything it does not define itself is the base model's."""
+
+    task_type: ClassVar[str | None] = None
+
+    def __new__(cls, model: nn.Module, *args: Any, **kwargs: Any) -> PeftModel:
+        return super().__new__(_class_for(_plain(cls), type(model)))
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: AdapterConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        **_: Any,
+    ):
+        super().__init__()
+        _refuse_adapted(model)
+        self._wrap(model)
+        peft_config = copy.copy(peft_config)
+        if not autocast_adapter_dtype:
+            peft_config.autocast_adapter_dtype = False  # type: ignore[attr-defined]
+        self._add(adapter_name, peft_config)
+        self.adapters.set_active(adapter_name, trainable=not peft_config.inference_mode)
+
+    def _wrap(self, model: nn.Module) -> None:
+        self.base_model = AdaptedBase(model)
+        self.adapters = AdapterSet(model)
+        self.prompt_encoder = self.adapters.prompts
+        self.register_state_dict_post_hook(_adapters_alone)
+        self.register_load_state_dict_post_hook(_base_not_missing)
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (_plain(type(self)), type(self.get_base_model())), self.__dict__
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self._modules["base_model"].model, name)  # type: ignore[union-attr]
+
+    # --- forward
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's forward under the active adapters, or with `adapter_names`, one name a row of the batch."""
+        self.adapters.set_rows(self._checked_rows(adapter_names, args, kwargs))
+        return self.base_model.model(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's `generate` under the active adapters, or with one adapter a row, also with beams."""
+        self.adapters.set_rows(self._checked_rows(adapter_names, args, kwargs))
+        try:
+            return self.base_model.model.generate(*args, **kwargs)
+        finally:
+            self.adapters.set_rows(None)
+
+    def _checked_rows(self, names: Sequence[str] | None, args: Any, kwargs: Any) -> Sequence[str] | None:
+        if names is None:
+            return None
+        if isinstance(names, str):
+            raise AdapterNameError(f"adapter_names={names!r}: expected one name for each row of the batch, in a list")
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.dim()]
+        if tensors and tensors[0].shape[0] != len(names):
+            raise AdapterNameError(f"adapter_names has {len(names)} names, but the batch has {tensors[0].shape[0]} rows")
+        return names
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """What transformers' Trainer asks: whether the base model's loss takes `num_items_in_batch`."""
+        base = self.get_base_model()
+        if hasattr(base, "accepts_loss_kwargs"):
+            return bool(base.accepts_loss_kwargs)
+        parameters = inspect.signature(type(base).forward).parameters.values()
+        return any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """The base model's, made safe for adapters: blocks run again under the state they were first run with."""
+        settings = (args[0] if args else None) or next(iter(kwargs.values()), None)
+        base: Any = self.get_base_model()
+        if isinstance(settings, dict) and settings.get("use_reentrant"):
+            if getattr(base, "main_input_name", "input_ids") != "input_ids":
+                raise ConfigError(
+                    "use_reentrant=True needs inputs that take gradients, which the frozen base of "
+                    f"{type(base).__name__} does not give (T37); leave it out"
+                )
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable(*args, **kwargs)
+        self.adapters.remember_state()
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """See `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    # --- what there is
+
+    def get_base_model(self) -> nn.Module:
+        """The model below the adapters, with the wrapped layers in it."""
+        return self.base_model.model
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """Configurations by adapter name."""
+        return self.adapters.configs
+
+    @property
+    def active_peft_config(self) -> Any:
+        """Configuration of the first active adapter."""
+        return self.adapters.configs[self.active_adapter]
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters, in the order they are applied."""
+        return list(self.adapters.active)
+
+    @property
+    def active_adapter(self) -> str:
+        """Name of the first active adapter."""
+        return self.adapters.active[0]
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Numbers of trainable and of all parameters; a packed 4-bit weight counts the values it stands for."""
+        trainable = total = 0
+        for parameter in self.parameters():
+            count = logical_numel(parameter)
+            total += count
+            trainable += count if parameter.requires_grad else 0
+        return trainable, total
+
+    def print_trainable_parameters(self) -> None:
+        """Print these numbers and their ratio."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
+
+    def adapter_report(self) -> str:
+        """A table of what is adapted, trained whole and frozen, every weight-bearing module named (T14)."""
+        return table(self.adapters)
+
+    # --- adapters
+
+    def add_adapter(self, adapter_name: str, peft_config: AdapterConfig, **_: Any) -> None:
+        """Add a second adapter, neither active nor trained before `set_adapter`."""
+        self._add(adapter_name, peft_config)
+
+    def _add(self, name: str, config: AdapterConfig, *, initialise: bool = True, strict: bool = True) -> None:
+        method = method_for(config)
+        base = self.get_base_model()
+        if config.base_model_name_or_path is None:
+            path = getattr(getattr(base, "config", None), "_name_or_path", None) or getattr(base, "name_or_path", None)
+            config = _with(config, base_model_name_or_path=path or None)
+        if config.task_type is None and self.task_type is not None:
+            config = _with(config, task_type=self.task_type)
+        if method.kind == "layer":
+            self.adapters.add(name, config, initialise=initialise, strict=strict)
+            return
+        assert isinstance(config, PromptConfig)
+        config = _with(config, **complete_prompt_config(config, base, method.adapter))
+        feeder = next((h for h in base._forward_pre_hooks.values() if isinstance(h, PromptFeeder)), None)
+        feeder = feeder or PromptFeeder(self.adapters)
+        prompt = method.adapter(config, base, initialise=initialise, bare=not initialise)
+        if method.adapter.prefix:
+            feeder.install_prefix(self.adapters.map, int(config.num_layers or 0))
+        self.adapters.add(name, config, initialise=initialise, strict=strict)
+        self.adapters.prompts[name] = prompt.requires_grad_(False)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make one adapter, or several in this order, act and train; all others do neither."""
+        self.adapters.set_active(adapter_name, trainable=not inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; where it was the only active one, the first that is left becomes active."""
+        self.adapters.delete(adapter_name)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The base model inside the block, bit for bit."""
+        with self.adapters.disabled():
+            yield
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> float:
+        """Add an adapter that adds the weighted combination of what others add.
+
+        Returns the relative error of truncation to `svd_rank`, 0.0 when the combination is exact. `svd_clamp` is not
+        done; `svd_full_matrices` and `svd_driver` have no bearing on the result.
+        """
+        if svd_clamp is not None:
+            raise ConfigError("svd_clamp: clamping singular vectors changes the result by an unknown amount; leave it out")
+        error = combine(
+            self.adapters, adapters, weights, adapter_name, combination_type, svd_rank, density, majority_sign_method
+        )
+        if error > 1e-6:
+            logger.warning("adapter %r: cutting the combination to its rank leaves a relative error of %.2g", adapter_name, error)
+        return error
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Put adapters into the base's weights; `unmerge_adapter` gives back the stored bits. Values are always checked
+        to be finite, so `safe_merge` changes nothing."""
+        self.adapters.merge(adapter_names)
+
+    def unmerge_adapter(self) -> None:
+        """Undo every merge, bit for bit."""
+        self.adapters.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> Any:
+        """The base model with adapters merged into its weights and all wrappers gone."""
+        self.adapters.unmerge()
+        self.adapters.merge(adapter_names, keep=False)
+        return self.adapters.unload()
+
+    def unload(self) -> Any:
+        """The base model without adapters."""
+        self.adapters.unmerge()
+        return self.adapters.unload()
+
+    # --- files
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        tokenizer: Any = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write each adapter to `save_directory`, those not called "default" to a folder of their name below it.
+
+        What is written is checked and read back. `tokenizer` is saved along, and its hash is compared at loading.
+        """
+        if not safe_serialization:
+            raise ConfigError("safe_serialization=False would write a pickle; afina reads such files but writes safetensors")
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise CheckpointError(f"{folder} is a file; give a folder to save into")
+        names = list(selected_adapters or self.peft_config)
+        self.adapters.check_names(names)
+        states = {name: checkpoint.adapter_state(self.adapters, name) for name in names}
+        if not is_main_process:
+            return
+        for name, state in states.items():
+            target = folder if name == "default" else folder / name
+            config = _with(self.peft_config[name], inference_mode=True, peft_version=None)
+            state = {**resized_embeddings(self, state, save_embedding_layers), **state}
+            prompt = self.prompt_encoder[name] if name in self.prompt_encoder else None
+            encoder: Any = prompt.encoder_state() if prompt is not None else {}
+            extra = {
+                "format": 1,
+                "base": fingerprint(self.adapters),
+                "vocabulary": _vocabulary(self.get_base_model()),
+                "tokenizer": tokenizer_hash(tokenizer) if tokenizer is not None else None,
+            }
+            checkpoint.write_adapter(target, state, extra, encoder)
+            config.save_pretrained(target)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "README.md").exists():
+            (folder / "README.md").write_text(card(self.adapters, names[0]), encoding="utf-8")
+        if push_to_hub:
+            self._upload(folder, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Save into a temporary folder and upload it to a hub repository, which is created where there is none."""
+        import tempfile
+
+        saving = {k: kwargs.pop(k) for k in ("selected_adapters", "tokenizer") if k in kwargs}
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **saving)
+            return self._upload(Path(folder), repo_id=repo_id, **kwargs)
+
+    @staticmethod
+    def _upload(folder: Path, repo_id: str | None = None, **kwargs: Any) -> Any:
+        from huggingface_hub import HfApi
+
+        repo_id = repo_id or folder.name
+        api = HfApi(token=kwargs.get("token"))
+        repo_id = api.create_repo(repo_id, exist_ok=True, private=kwargs.get("private")).repo_id
+        message = kwargs.get("commit_message") or "Upload adapter"
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, revision=kwargs.get("revision"))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: AdapterConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        strict: bool = True,
+        subfolder: str | None = None,
+        tokenizer: Any = None,
+        **hub: Any,
+    ) -> PeftModel:
+        """The base `model` with the adapter of a folder or hub repository around its layers.
+
+        Raises CheckpointError where a key does not fit and BaseMismatchError where the adapter was trained on another
+        base; `strict=False` loads what fits. In eval mode and frozen unless `is_trainable`.
+        """
+        _refuse_adapted(model, loading=str(model_id))
+        read = config or AdapterConfig.from_pretrained(model_id, subfolder=subfolder, **hub)
+        if cls is PeftModel and read.task_type:
+            cls = MODEL_TYPES[read.task_type]  # noqa: PLW0642
+        wrapped: PeftModel = _class_for(_plain(cls), type(model)).__new__(cls, model)
+        nn.Module.__init__(wrapped)
+        wrapped._wrap(model)
+        try:
+            wrapped.load_adapter(
+                model_id, adapter_name, is_trainable=is_trainable, config=read, strict=strict, subfolder=subfolder,
+                autocast_adapter_dtype=autocast_adapter_dtype, tokenizer=tokenizer, **hub,
+            )  # fmt: skip
+        except Exception:
+            wrapped.adapters.unload()
+            raise
+        wrapped.adapters.set_active(adapter_name, trainable=is_trainable)
+        return wrapped.train(is_trainable)
+
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        config: AdapterConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        strict: bool = True,
+        subfolder: str | None = None,
+        tokenizer: Any = None,
+        **hub: Any,
+    ) -> checkpoint.LoadReport:
+        """Load one more adapter beside those that are there; it is not active before `set_adapter`.
+
+        Returns which keys were loaded, and with `strict=False` which did not fit. On an error nothing has changed.
+        """
+        source = f"{model_id}/{subfolder}" if subfolder else str(model_id)
+        self.adapters.check_new_name(adapter_name)
+        config = config or AdapterConfig.from_pretrained(model_id, subfolder=subfolder, **hub)
+        config = _with(config, inference_mode=not is_trainable)
+        if not autocast_adapter_dtype:
+            config.autocast_adapter_dtype = False  # type: ignore[attr-defined]
+        state = checkpoint.read_state(model_id, subfolder, **hub)
+        extra = checkpoint.read_extra(model_id, subfolder, **hub)
+        _check_tokenizer(extra, tokenizer, source, strict)
+        fit_vocabulary(self.adapters, state, extra.get("vocabulary"), source)
+        config = _retargeted(config, self.adapters)
+        self._add(adapter_name, config, initialise=False, strict=False)
+        try:
+            if adapter_name in self.prompt_encoder:
+                self._load_encoder(adapter_name, config, model_id, subfolder, hub, is_trainable)
+            expected = checkpoint.adapter_state(self.adapters, adapter_name)
+            place_embeddings(self.adapters, state, expected)
+            report = checkpoint.assign(state, expected, source, strict=strict)
+            self._check_base(extra, report.renamed, source, strict)
+        except Exception:
+            self.adapters.delete(adapter_name)
+            raise
+        self.adapters.set_trainable(adapter_name, is_trainable and adapter_name in self.adapters.active)
+        return report
+
+    def _load_encoder(self, name: str, config: Any, source: Any, subfolder: Any, hub: Any, trainable: bool) -> None:
+        """Take up the network behind a prompt where the file has it and training is to go on."""
+        path = resolve_file(source, checkpoint.ENCODER_NAME, subfolder=subfolder, required=False, **hub)
+        if path is None or not trainable:
+            return
+        prompt = method_for(config).adapter(self.peft_config[name], self.get_base_model(), initialise=False)
+        prompt.load_state_dict(read_weights(path))
+        self.prompt_encoder[name] = prompt
+
+    def _check_base(self, extra: dict[str, Any], renamed: tuple[str, str] | None, source: str, strict: bool) -> None:
+        old, new = (part.removeprefix(checkpoint.PREFIX) for part in renamed or ("", ""))
+        found = differences(extra.get("base", {}), self.adapters, (old, new))
+        if found and strict:
+            raise BaseMismatchError(
+                f"{source} was trained on another base: {'; '.join(found)}. Load it on its own base, or pass strict=False"
+            )
+        if found:
+            logger.warning("%s was trained on another base: %s", source, "; ".join(found))
+
+
+def _adapters_alone(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """`state_dict()` holds the adapters: the base is frozen and comes from its own checkpoint."""
+    for key in [k for k in state if k.startswith(f"{prefix}base_model.") and not _of_adapter(k)]:
+        del state[key]
+
+
+def _base_not_missing(module: nn.Module, incompatible: Any) -> None:
+    incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if _of_adapter(k) or "prompt_encoder." in k]
+
+
+def _of_adapter(key: str) -> bool:
+    return ".adapters." in key
+
+
+class PeftModelForSequenceClassification(PeftModel):
+    """For models that give one label a row."""
+
+    task_type = "SEQ_CLS"
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """For encoder-decoders that write text."""
+
+    task_type = "SEQ_2_SEQ_LM"
+
+
+class PeftModelForCausalLM(PeftModel):
+    """For decoders that write text."""
+
+    task_type = "CAUSAL_LM"
+
+
+class PeftModelForTokenClassification(PeftModel):
+    """For models that give one label a token."""
+
+    task_type = "TOKEN_CLS"
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    """For models that mark a span."""
+
+    task_type = "QUESTION_ANS"
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """For models that give hidden states."""
+
+    task_type = "FEATURE_EXTRACTION"
+
+
+MODEL_TYPES: dict[str, type[PeftModel]] = {
+    cls.task_type: cls
+    for cls in (
+        PeftModelForSequenceClassification, PeftModelForSeq2SeqLM, PeftModelForCausalLM, PeftModelForTokenClassification,
+        PeftModelForQuestionAnswering, PeftModelForFeatureExtraction,
+    )
+    if cls.task_type
+}  # fmt: skip
+
+
+@functools.cache
+def _class_for(cls: type[PeftModel], base: type[nn.Module]) -> type[PeftModel]:
+    """`cls` with the base model's forward signature, by which Trainer finds labels and columns (T39)."""
+
+    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        return cls.forward(self, *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    forward.__doc__ = cls.forward.__doc__
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "_plain": cls})
+
+
+def _plain(cls: type[PeftModel]) -> type[PeftModel]:
+    return cls.__dict__.get("_plain", cls)
+
+
+def _rebuild(cls: type[PeftModel], base: type[nn.Module]) -> PeftModel:
+    made = _class_for(cls, base)
+    return object.__new__(made)
+
+
+def _with(config: Any, **changes: Any) -> Any:
+    changed = copy.copy(config)
+    for name, value in changes.items():
+        setattr(changed, name, value)
+    return changed
+
+
+def _refuse_adapted(model: nn.Module, loading: str = "") -> None:
+    there = model.adapters if isinstance(model, PeftModel) else AdapterSet.of(model)
+    if there is not None:
+        cure = f"model.load_adapter({loading!r}, 'another_name')" if loading else "model.add_adapter('another_name', config)"
+        raise AlreadyAdaptedError(
+            f"this {type(model).__name__} is adapted already, with {', '.join(map(repr, there.configs))}; wrapping it again "
+            f"would throw that away (T2). Use {cure}, or start from model.unload()"
+        )
+
+
+def _retargeted(config: Any, adapters: AdapterSet) -> Any:
+    """The configuration with whole names of layers in the prefixes of this model (T4)."""
+    targets = getattr(config, "target_modules", None)
+    if not isinstance(targets, list):
+        return config
+    known = adapters.map.modules
+    dotted = [t for t in targets if "." in t and not any(n == t or n.endswith(f".{t}") for n in known)]
+    change = checkpoint.find_prefix(dotted, known) if dotted else None
+    if change is None:
+        return config
+    old, new = change
+    return _with(config, target_modules=[new + t[len(old) :] if t in dotted else t for t in targets])
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    embedding = _input_embeddings(model)
+    return None if embedding is None else int(embedding.weight.shape[0])
+
+
+def _input_embeddings(model: Any) -> Any:
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _check_tokenizer(extra: dict[str, Any], tokenizer: Any, source: str, strict: bool) -> None:
+    if tokenizer is None or not extra.get("tokenizer"):
+        return
+    if tokenizer_hash(tokenizer) != extra["tokenizer"]:
+        message = f"{source} was trained with another tokenizer (vocabulary or special tokens differ); use the one saved beside it"
+        if strict:
+            raise BaseMismatchError(message)
+        logger.warning(message)
+
+
+# --- functions
+
+
+def get_peft_model(
+    model: nn.Module, peft_config: AdapterConfig, adapter_name: str = "default", autocast_adapter_dtype: bool = True, **_: Any
+) -> PeftModel:
+    """The model with freshly initialised adapters around the layers that `peft_config` means; all else is frozen.
+
+    The model is changed in place. Raises TargetError, ConfigError or AlreadyAdaptedError before anything is changed.
+    """
+    if not isinstance(peft_config, AdapterConfig):
+        raise ConfigError(f"peft_config is a {type(peft_config).__name__}; expected a configuration such as LoraConfig()")
+    cls = MODEL_TYPES.get(str(peft_config.task_type), PeftModel)
+    return cls(model, peft_config, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+
+
+def inject_adapter_in_model(
+    peft_config: AdapterConfig, model: nn.Module, adapter_name: str = "default", **_: Any
+) -> nn.Module:
+    """The model itself, with adapters inside and no wrapper around it; a second call adds a second adapter, active too."""
+    if method_for(peft_config).kind == "prompt":
+        raise ConfigError(f"{type(peft_config).__name__} acts on the whole model, so it cannot be injected; use get_peft_model")
+    adapters = AdapterSet.of(model) or AdapterSet(model)
+    adapters.add(adapter_name, peft_config)
+    adapters.set_active((*adapters.active, adapter_name), trainable=not peft_config.inference_mode)
+    model.peft_config = adapters.configs  # type: ignore[assignment]
+    return model
+
+
+def _adapters_of(model: nn.Module) -> AdapterSet:
+    if isinstance(model, PeftModel):
+        return model.adapters
+    found = AdapterSet.of(model)
+    if found is None:
+        raise ConfigError(f"this {type(model).__name__} has no adapters; use get_peft_model or inject_adapter_in_model")
+    return found
+
+
+def get_peft_model_state_dict(
+    model: nn.Module, state_dict: dict[str, torch.Tensor] | None = None, adapter_name: str = "default", **_: Any
+) -> dict[str, torch.Tensor]:
+    """Tensors of one adapter under their keys in PEFT's files; values from `state_dict` (names of the live model) where
+    it is given, for example gathered from shards."""
+    live = checkpoint.adapter_state(_adapters_of(model), adapter_name)
+    if state_dict is None:
+        return {key: tensor.detach() for key, tensor in live.items()}
+    names = {id(p): n for n, p in model.named_parameters()}
+    return {key: state_dict.get(names.get(id(tensor), ""), tensor.detach()) for key, tensor in live.items()}
+
+
+def set_peft_model_state_dict(
+    model: nn.Module, peft_model_state_dict: dict[str, torch.Tensor], adapter_name: str = "default", **_: Any
+) -> checkpoint.LoadReport:
+    """Put tensors under PEFT's keys into a live adapter; returns which keys fitted and which did not."""
+    expected = checkpoint.adapter_state(_adapters_of(model), adapter_name)
+    return checkpoint.assign(peft_model_state_dict, expected, "the state dict", strict=False)
+
+
+def get_peft_config(config_dict: dict[str, Any]) -> AdapterConfig:
+    """The configuration that a table of options means; its class is found by `peft_type`."""
+    from afina.core.config import config_from_dict
+
+    return config_from_dict(config_dict)
+
+
+def prepare_model_for_kbit_training(
+    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+) -> Any:
+    """Freeze a quantised base and turn on gradient checkpointing.
+
+    Nothing is cast to float32: adapters keep their own float32 parameters and norms of transformers compute in float32
+    where they need it, so a blanket cast of embeddings and head would cost memory for nothing (T33).
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if use_gradient_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+    return model
+
+
+# --- loading base and adapter together
+
+
+class AutoPeftModel:
+    """Loads the base model that an adapter names, and the adapter around it."""
+
+    auto_class: ClassVar[str] = "AutoModel"
+    task: ClassVar[str | None] = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: AdapterConfig | None = None,
+        revision: str | None = None,
+        base_model: str | Path | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Base and adapter; `base_model` names the base where it has moved, other keywords go to its `from_pretrained`."""
+        import transformers
+
+        source = pretrained_model_name_or_path
+        read = config or AdapterConfig.from_pretrained(source, revision=revision)
+        path = str(base_model or read.base_model_name_or_path or "")
+        if not path:
+            raise ConfigError(f"{source} does not say which base it belongs to; give base_model=..., a folder or hub id")
+        if read.task_type and cls.task and read.task_type != cls.task:
+            raise ConfigError(f"{source} is an adapter for {read.task_type}; {cls.__name__} loads {cls.task}")
+        auto: Any = getattr(transformers, cls.auto_class)
+        if cls is AutoPeftModel and read.task_type:
+            auto = getattr(transformers, AUTO_CLASSES[read.task_type])
+        state = checkpoint.read_state(source, revision=revision)
+        if "num_labels" not in kwargs and (labels := _head_rows(state)) is not None:
+            kwargs["num_labels"] = labels
+        base = auto.from_pretrained(path, revision=read.revision, **kwargs)
+        return PeftModel.from_pretrained(base, source, adapter_name, is_trainable, config=read, revision=revision)
+
+
+def _head_rows(state: dict[str, torch.Tensor]) -> int | None:
+    """How many labels the stored head has: rows of its last matrix."""
+    ends = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
+    return next((t.shape[0] for k, t in state.items() if k.endswith(ends)), None)
+
+
+class AutoPeftModelForCausalLM(AutoPeftModel):
+    """For adapters of decoders that write text."""
+
+    auto_class, task = "AutoModelForCausalLM", "CAUSAL_LM"
+
+
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+    """For adapters of encoder-decoders."""
+
+    auto_class, task = "AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM"
+
+
+class AutoPeftModelForSequenceClassification(AutoPeftModel):
+    """For adapters of sequence classifiers."""
+
+    auto_class, task = "AutoModelForSequenceClassification", "SEQ_CLS"
+
+
+class AutoPeftModelForTokenClassification(AutoPeftModel):
+    """For adapters of token classifiers."""
+
+    auto_class, task = "AutoModelForTokenClassification", "TOKEN_CLS"
+
+
+class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+    """For adapters of extractive question answering."""
+
+    auto_class, task = "AutoModelForQuestionAnswering", "QUESTION_ANS"
+
+
+class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+    """For adapters of encoders."""
+
+    auto_class, task = "AutoModel", "FEATURE_EXTRACTION"
+
+
+AUTO_CLASSES = {
+    cls.task: cls.auto_class
+    for cls in (
+        AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM, AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification, AutoPeftModelForQuestionAnswering, AutoPeftModelForFeatureExtraction,
+    )
+    if cls.task
+}  # fmt: skip
