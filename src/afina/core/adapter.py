@@ -102,7 +102,6 @@ class Adapter(nn.Module):
     identity_at_init: ClassVar[bool] = True
     mixes_rows: ClassVar[bool] = True  # may be one of several adapters in a mixed batch
     checkpoint_keys: ClassVar[dict[str, str]] = {}  # parameter name -> name in PEFT's files, where they differ
-    backward_bytes: ClassVar[str] = "x"  # what is kept for backward, in words; bounded by a contract test
 
     def __init__(
         self,
@@ -155,6 +154,11 @@ class Adapter(nn.Module):
         """Register an uninitialised parameter in the adapter's dtype, on the layer's device."""
         empty = torch.empty(*shape, device=self.device, dtype=self.dtype)
         self.register_parameter(name, nn.Parameter(empty, requires_grad=trainable))
+
+    def values_kept(self, rows: int) -> int:
+        """Upper bound of the values kept for backward beyond what the layer keeps, for `rows` rows of input and without
+        dropout; weights and their copies in another dtype are not counted."""
+        return rows * (self.view.in_features + self.view.out_features)
 
     def share(self, other: Adapter) -> None:
         """Use the parameters of another adapter, whose layer is tied to this one's."""
@@ -228,12 +232,12 @@ class Scale(Adapter):
 
     def forward(self, x: torch.Tensor, base: Base) -> torch.Tensor:
         if (factor := self.scale_in()) is not None:
-            x = x * self.view.per_input(cast(factor, x))
+            x = x * self.view.per_feature(cast(factor, x), x)
         y = base(x)
         if (factor := self.scale_out()) is not None:
-            y = y * self.view.per_output(cast(factor, y))
+            y = y * self.view.per_feature(cast(factor, y), y)
         if (summand := self.shift()) is not None:
-            y = y + self.view.per_output(cast(summand, y))
+            y = y + self.view.per_feature(cast(summand, y), y)
         return y
 
     def merge_into(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Weights:
@@ -303,10 +307,14 @@ class SavedModule(Adapter):
             p.requires_grad_(p.dtype.is_floating_point)
             if not p.dtype.is_floating_point:
                 raise MergeError(f"{name} is stored as {p.dtype}; a quantised module cannot be trained as a whole")
-        self.inner.to(dtype=self.dtype, device=self.device)
+        self.inner.to(dtype=self.dtype)
+        empty = self.view.device.type == "meta" and self.device.type != "meta"
+        self.inner.to_empty(device=self.device) if empty else self.inner.to(device=self.device)
 
     def forward(self, x: Any, base: Base) -> Any:
         args = base.args
+        if self.view.kind == "embedding":
+            base.dtype = self.view.dtype
         if isinstance(x, torch.Tensor) and x.dtype.is_floating_point and x.dtype != self.dtype:
             base.dtype = x.dtype
             if not torch.is_autocast_enabled(x.device.type):

@@ -35,11 +35,11 @@ class LayerView:
     convolution, vocabulary and width for an embedding)."""
 
     kind = "linear"
-    out_dim = -1  # dimension of the output that holds the features
 
     def __init__(self, layer: nn.Module, in_features: int, out_features: int):
         self.layer = layer
         self.in_features, self.out_features = in_features, out_features
+        self.before_merge: dict[str, Any] | None = None  # the stored form while adapters are merged into it
 
     # --- reading and writing
 
@@ -50,6 +50,10 @@ class LayerView:
     def bias(self) -> torch.Tensor | None:
         """The bias `[out]`, or None."""
         return getattr(self.layer, "bias", None)
+
+    def own_bias(self) -> torch.Tensor | None:
+        """The bias of the layer without anything that is merged into it."""
+        return self.bias() if self.before_merge is None else self.before_merge["bias"]
 
     def write(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Store a canonical weight and bias, as new Parameters and in the layer's own storage."""
@@ -65,11 +69,13 @@ class LayerView:
 
     def keep(self) -> dict[str, Any]:
         """The stored form, for an exact way back."""
-        return snapshot(self.layer)
+        self.before_merge = snapshot(self.layer)
+        return self.before_merge
 
     def restore(self, kept: dict[str, Any]) -> None:
         """Undo `write`: the stored form comes back bit for bit."""
         restore(self.layer, kept)
+        self.before_merge = None
 
     # --- using a weight the way this layer does
 
@@ -94,12 +100,8 @@ class LayerView:
         """Second half of a low-rank product: `z` comes from `project`, `up` is `[out, r]`."""
         return F.linear(z, up)
 
-    def per_output(self, vector: torch.Tensor) -> torch.Tensor:
-        """`[out]` shaped to broadcast over this layer's output."""
-        return vector
-
-    def per_input(self, vector: torch.Tensor) -> torch.Tensor:
-        """`[in]` shaped to broadcast over this layer's input."""
+    def per_feature(self, vector: torch.Tensor, activation: torch.Tensor) -> torch.Tensor:
+        """`[in]` or `[out]` shaped to broadcast over this layer's input or output."""
         return vector
 
     def scale_inputs(self, weight: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
@@ -142,10 +144,6 @@ class ConvView(LayerView):
     layer: Any
 
     @property
-    def out_dim(self) -> int:  # type: ignore[override]
-        return -1 - self.dims
-
-    @property
     def dims(self) -> int:
         """1, 2 or 3."""
         return len(self.layer.kernel_size)
@@ -177,10 +175,8 @@ class ConvView(LayerView):
     def expand(self, z: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return _CONVOLUTIONS[self.dims](z, up.reshape(*up.shape, *[1] * self.dims), groups=self.layer.groups)
 
-    def per_output(self, vector: torch.Tensor) -> torch.Tensor:
+    def per_feature(self, vector: torch.Tensor, activation: torch.Tensor) -> torch.Tensor:
         return vector.reshape(-1, *[1] * self.dims)
-
-    per_input = per_output
 
     def scale_inputs(self, weight: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
         groups, kernel = self.layer.groups, math.prod(self.layer.kernel_size)
@@ -215,10 +211,6 @@ class NormView(LayerView):
     kind = "norm"
 
     @property
-    def out_dim(self) -> int:  # type: ignore[override]
-        return 1 if isinstance(self.layer, nn.GroupNorm | nn.modules.batchnorm._NormBase) else -1
-
-    @property
     def weight_shape(self) -> tuple[int, ...]:
         return (self.out_features,)
 
@@ -226,7 +218,9 @@ class NormView(LayerView):
         held = {"weight": weight} | ({} if bias is None else {"bias": bias})
         return torch.func.functional_call(self.layer, held, (x,))
 
-    def per_output(self, vector: torch.Tensor) -> torch.Tensor:
+    def per_feature(self, vector: torch.Tensor, activation: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.layer, nn.GroupNorm | nn.modules.batchnorm._NormBase):  # channels come second
+            return vector.reshape(-1, *[1] * (activation.dim() - 2))
         return vector
 
 

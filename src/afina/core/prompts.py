@@ -290,9 +290,7 @@ class PromptFeeder:
         for i, attention in enumerate(attentions):
             config = getattr(attention, "config", None)
             kind = getattr(config, "_attn_implementation", None)
-            if kind in _PREFIXED.values():
-                continue
-            if kind not in _PREFIXED and not hasattr(attention, "afina_prefix"):
+            if kind not in (*_PREFIXED, *_PREFIXED.values()):
                 raise TargetError(
                     f"prefix tuning works with attn_implementation 'sdpa' or 'eager', not {kind!r}; load the base with "
                     "attn_implementation='sdpa'"

@@ -37,26 +37,31 @@ class BitFitConfig(TargetedConfig):
 )
 class Bias(Adapter):
     kinds = frozenset({"linear", "conv", "norm"})
-    backward_bytes = "nothing"
 
     def build(self, config: Any) -> None:
         bias = self.view.bias()
         if bias is None:
             raise TargetError(f"a {type(self.view.layer).__name__} without a bias cannot have its bias trained")
         self.parameter("bias", bias.shape)
-        self.register_buffer("before", bias.detach().to(self.device, self.dtype, copy=True), persistent=False)
 
     @torch.no_grad()
     def reset(self, config: Any) -> None:
-        self.bias.copy_(self.before)
+        self.bias.copy_(self.view.bias())
 
     def forward(self, x: torch.Tensor, base: Base) -> torch.Tensor:
         y = base(x)
-        return y + self.view.per_output((self.bias - self.before).to(y.dtype))
+        return y + self.view.per_feature(self.change().to(y.dtype), y)
+
+    def change(self) -> torch.Tensor:
+        """What the trained bias adds to the layer's own."""
+        return self.bias - self.view.own_bias()
 
     def merge_into(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Weights:
         assert bias is not None
-        return weight, bias + (self.bias - self.before).to(bias.dtype)
+        return weight, bias + self.change().to(bias.dtype)
+
+    def values_kept(self, rows: int) -> int:
+        return 0
 
     @staticmethod
     def fits(modules: ModuleMap, path: str) -> bool:

@@ -59,7 +59,6 @@ class BottleneckConfig(TargetedConfig):
 class Bottleneck(Adapter):
     kinds = frozenset({"linear"})
     mergeable = False
-    backward_bytes = "its input and the inner activation twice"
 
     def build(self, config: BottleneckConfig) -> None:
         self.parallel, self.scaling, self.p = config.placement == "parallel", config.scaling, config.dropout
@@ -86,6 +85,10 @@ class Bottleneck(Adapter):
         z = ACTIVATIONS[self.activation](F.linear(h, cast(self.down_weight, h), cast(self.down_bias, h)))
         added = F.linear(z, cast(self.up_weight, h), cast(self.up_bias, h))
         return y + (added * self.scaling).to(y.dtype)
+
+    def values_kept(self, rows: int) -> int:
+        inner = self.down_bias.shape[0]
+        return rows * (self.down_weight.shape[1] + 3 * inner)
 
     @classmethod
     def placements(cls, modules: ModuleMap, config: Any, *, strict: bool) -> list[Placement]:

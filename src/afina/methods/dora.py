@@ -28,7 +28,6 @@ __all__ = ["DoRA"]
 )
 class DoRA(LoRA):
     kinds = frozenset({"linear", "conv", "embedding"})
-    backward_bytes = "x, r values a row and the output"
 
     def build(self, config: LoraConfig) -> None:
         super().build(config)
@@ -50,11 +49,14 @@ class DoRA(LoRA):
         weight, bias = base.weights()
         factor = self.magnitude.flatten() / self._norm(weight)
         y = base(x)
-        factor = self.view.per_output(cast(factor, y))
+        factor = self.view.per_feature(cast(factor, y), y)
         if bias is None:
             return factor * (y + self.delta(x).to(y.dtype))
-        bias = self.view.per_output(cast(bias, y))
+        bias = self.view.per_feature(cast(bias, y), y)
         return factor * (y - bias + self.delta(x).to(y.dtype)) + bias
+
+    def values_kept(self, rows: int) -> int:
+        return rows * (self.view.in_features + self.r + 2 * self.view.out_features)
 
     def merge_into(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Weights:
         factor = self.magnitude.flatten() / self._norm(weight)

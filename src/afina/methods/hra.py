@@ -47,7 +47,6 @@ class HRAConfig(TargetedConfig):
     paper="https://arxiv.org/abs/2405.17484",
 )
 class HRA(Rotation):
-    backward_bytes = "x once for every reflection"
 
     def build(self, config: HRAConfig) -> None:
         self.parameter("hra_u", (self.view.in_features, config.r))
@@ -60,6 +59,9 @@ class HRA(Rotation):
             self.hra_u.copy_(half.repeat_interleave(2, dim=1)[:, : config.r])
         else:
             torch.nn.init.kaiming_uniform_(self.hra_u, a=5**0.5)
+
+    def values_kept(self, rows: int) -> int:
+        return rows * (self.hra_u.shape[1] + 1) * (self.view.in_features + 2) + 4 * self.hra_u.numel()
 
     def rotate(self, x: torch.Tensor, *, transposed: bool = False) -> torch.Tensor:
         vectors = torch.nn.functional.normalize(self.hra_u, dim=0)

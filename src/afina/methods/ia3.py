@@ -51,7 +51,6 @@ class IA3Config(TargetedConfig):
 )
 class IA3(Scale):
     kinds = frozenset({"linear", "conv"})
-    backward_bytes = "the scaled tensor"
 
     def build(self, config: IA3Config) -> None:
         view, self.feedforward = self.view, config.feedforward_modules == "this"

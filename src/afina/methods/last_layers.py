@@ -39,7 +39,6 @@ class LastLayersConfig(TargetedConfig):
     paper="https://www.manning.com/books/build-a-large-language-model-from-scratch",
 )
 class LastLayers(SavedModule):
-    backward_bytes = "what the trained blocks keep"
 
     @classmethod
     def placements(cls, modules: ModuleMap, config: Any, *, strict: bool) -> list[Placement]:

@@ -33,7 +33,6 @@ class LNTuningConfig(TargetedConfig):
 )
 class LayerNormTuning(Replacement):
     kinds = frozenset({"norm", "linear", "conv", "embedding"})
-    backward_bytes = "what the norm keeps"
     checkpoint_keys: ClassVar[dict[str, str]] = {
         "weight": "ln_tuning_layers.weight", "bias": "ln_tuning_layers.bias",
     }  # fmt: skip

@@ -86,7 +86,6 @@ class LoRA(Delta):
     checkpoint_keys: ClassVar[dict[str, str]] = {
         "lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": "lora_B.bias",
     }  # fmt: skip
-    backward_bytes = "x and r values a row"
 
     def build(self, config: LoraConfig) -> None:
         self.r, self.scaling, self.p = config.r, config.scaling, config.lora_dropout
@@ -144,7 +143,7 @@ class LoRA(Delta):
         z = view.project(drop(x, self.p, self.training), cast(self.lora_A, x).flatten(1))
         y = view.expand(z, cast(self.lora_B, x).flatten(1)) * self.scaling
         shift = self.delta_bias()
-        return y if shift is None else y + view.per_output(cast(shift, x))
+        return y if shift is None else y + view.per_feature(cast(shift, x), y)
 
     def add_to(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         if self.view.kind != "linear" or y.dtype != x.dtype or y.dim() < 2 or "lora_bias" in self._parameters:
@@ -152,6 +151,9 @@ class LoRA(Delta):
         z = F.linear(drop(x, self.p, self.training), cast(self.lora_A, x))
         up = cast(self.lora_B, x)  # y + scaling * z @ B.T in one call
         return torch.addmm(y.flatten(0, -2), z.flatten(0, -2), up.T, alpha=self.scaling).view(y.shape)
+
+    def values_kept(self, rows: int) -> int:
+        return rows * (self.view.in_features + self.r)
 
     @classmethod
     def placements(cls, modules: ModuleMap, config: Any, *, strict: bool) -> list[Placement]:

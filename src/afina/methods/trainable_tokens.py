@@ -58,7 +58,6 @@ def _check_indices(name: str, indices: Any, problems: Problems) -> None:
 )
 class TrainableTokens(Adapter):
     kinds = frozenset({"embedding", "linear"})
-    backward_bytes = "positions of the tokens"
 
     def build(self, config: Any) -> None:
         view = self.view
@@ -97,6 +96,9 @@ class TrainableTokens(Adapter):
         """Bias of the trained rows of a head."""
         bias = self.view.bias()
         return None if bias is None else bias[self.indices]
+
+    def values_kept(self, rows: int) -> int:
+        return rows * ((self.view.in_features if self.view.kind == "linear" else 4) + 4 * len(self.indices))
 
     def merge_into(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Weights:
         dim = 1 if self.view.kind == "embedding" else 0
