@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -25,6 +25,7 @@ __all__ = [
     "PromptConfig",
     "TargetedConfig",
     "TaskType",
+    "check_limits",
     "config_from_dict",
     "name_matches",
     "option",
@@ -66,6 +67,27 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def check_limits(options: Any, problems: Problems, spell: Callable[[str], str] = str) -> None:
+    """Add every field whose value is outside the choices or limits of its `option`; `spell` says how it was typed."""
+    for f in dataclasses.fields(options):
+        value, limits = getattr(options, f.name), f.metadata
+        if isinstance(value, enum.Enum):
+            value = value.value
+            setattr(options, f.name, value)
+        choices = limits.get("choices")
+        if choices is not None and value not in choices:
+            problems.add(
+                f"{spell(f.name)}={value!r}: expected one of {', '.join(map(repr, choices))}."
+                + did_you_mean(str(value), [str(c) for c in choices if isinstance(c, str)])
+            )
+        for limit, wrong in ((limits.get("low"), "at least"), (limits.get("high"), "at most")):
+            if limit is None or value is None:
+                continue
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or (value < limit if wrong == "at least" else value > limit):
+                problems.add(f"{spell(f.name)}={value!r}: expected a number of {wrong} {limit}")
+
+
 @dataclasses.dataclass
 class AdapterConfig:
     """What all methods have in common. PEFT's name for it is `PeftConfig`."""
@@ -96,23 +118,7 @@ class AdapterConfig:
             if typed not in known:
                 problems.add(f"task_type={typed!r} is not a task.{did_you_mean(typed, known)}")
             self.task_type = typed
-        for f in dataclasses.fields(self):
-            value, limits = getattr(self, f.name), f.metadata
-            if isinstance(value, enum.Enum):
-                value = value.value
-                setattr(self, f.name, value)
-            choices = limits.get("choices")
-            if choices is not None and value not in choices:
-                problems.add(
-                    f"{f.name}={value!r}: expected one of {', '.join(map(repr, choices))}."
-                    + did_you_mean(str(value), [str(c) for c in choices if isinstance(c, str)])
-                )
-            for limit, wrong in ((limits.get("low"), "at least"), (limits.get("high"), "at most")):
-                if limit is None or value is None:
-                    continue
-                number = isinstance(value, int | float) and not isinstance(value, bool)
-                if not number or (value < limit if wrong == "at least" else value > limit):
-                    problems.add(f"{f.name}={value!r}: expected a number of {wrong} {limit}")
+        check_limits(self, problems)
 
     # --- one mechanism for everything that differs between modules
 
