@@ -11,6 +11,7 @@ import copy
 import functools
 import inspect
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,13 +30,15 @@ from afina.core.injection import AdapterSet
 from afina.core.prompts import PromptFeeder, complete_prompt_config
 from afina.core.registry import method_for
 from afina.core.report import card, table
-from afina.core.vocabulary import fit_vocabulary, place_embeddings, resized_embeddings, tokenizer_hash
+from afina.core.vocabulary import fit_vocabulary, place_embeddings, resized_embeddings, tokenizer_hash, vocabulary_rows
 from afina.errors import (
     AdapterNameError,
     AlreadyAdaptedError,
     BaseMismatchError,
     CheckpointError,
     ConfigError,
+    Problems,
+    shortened,
 )
 
 __all__ = [
@@ -105,7 +108,11 @@ class PeftModel(nn.Module):
         peft_config = copy.copy(peft_config)
         if not autocast_adapter_dtype:
             peft_config.autocast_adapter_dtype = False  # type: ignore[attr-defined]
-        self._add(adapter_name, peft_config)
+        try:
+            self._add(adapter_name, peft_config)
+        except Exception:
+            self.adapters.unload()
+            raise
         self.adapters.set_active(adapter_name, trainable=not peft_config.inference_mode)
 
     def _wrap(self, model: nn.Module) -> None:
@@ -230,7 +237,9 @@ class PeftModel(nn.Module):
         """Add a second adapter, neither active nor trained before `set_adapter`."""
         self._add(adapter_name, peft_config)
 
-    def _add(self, name: str, config: AdapterConfig, *, initialise: bool = True, strict: bool = True) -> None:
+    def _add(
+        self, name: str, config: AdapterConfig, *, initialise: bool = True, strict: bool = True, bare: bool = False
+    ) -> None:
         method = method_for(config)
         base = self.get_base_model()
         if config.base_model_name_or_path is None:
@@ -238,6 +247,9 @@ class PeftModel(nn.Module):
             config = _with(config, base_model_name_or_path=path or None)
         if config.task_type is None and self.task_type is not None:
             config = _with(config, task_type=self.task_type)
+        if config.task_type is None and config.auto_mapping is None:
+            named = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+            config = _with(config, auto_mapping=named)
         if method.kind == "layer":
             self.adapters.add(name, config, initialise=initialise, strict=strict)
             return
@@ -245,7 +257,7 @@ class PeftModel(nn.Module):
         config = _with(config, **complete_prompt_config(config, base, method.adapter))
         feeder = next((h for h in base._forward_pre_hooks.values() if isinstance(h, PromptFeeder)), None)
         feeder = feeder or PromptFeeder(self.adapters)
-        prompt = method.adapter(config, base, initialise=initialise, bare=not initialise)
+        prompt = method.adapter(config, base, initialise=initialise, bare=bare)
         if method.adapter.prefix:
             feeder.install_prefix(self.adapters.map, int(config.num_layers or 0))
         self.adapters.add(name, config, initialise=initialise, strict=strict)
@@ -341,6 +353,12 @@ class PeftModel(nn.Module):
         states = {name: checkpoint.adapter_state(self.adapters, name) for name in names}
         if not is_main_process:
             return
+        with self.adapters.unmerged():
+            self._write(folder, states, save_embedding_layers, tokenizer)
+        if push_to_hub:
+            self._upload(folder, **kwargs)
+
+    def _write(self, folder: Path, states: dict[str, Any], save_embedding_layers: str | bool, tokenizer: Any) -> None:
         for name, state in states.items():
             target = folder if name == "default" else folder / name
             config = _with(self.peft_config[name], inference_mode=True, peft_version=None)
@@ -350,7 +368,7 @@ class PeftModel(nn.Module):
             extra = {
                 "format": 1,
                 "base": fingerprint(self.adapters),
-                "vocabulary": _vocabulary(self.get_base_model()),
+                "vocabulary": vocabulary_rows(self.adapters),
                 "tokenizer": tokenizer_hash(tokenizer) if tokenizer is not None else None,
             }
             checkpoint.write_adapter(target, state, extra, encoder)
@@ -359,9 +377,7 @@ class PeftModel(nn.Module):
             tokenizer.save_pretrained(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "README.md").exists():
-            (folder / "README.md").write_text(card(self.adapters, names[0]), encoding="utf-8")
-        if push_to_hub:
-            self._upload(folder, **kwargs)
+            (folder / "README.md").write_text(card(self.adapters, next(iter(states))), encoding="utf-8")
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Save into a temporary folder and upload it to a hub repository, which is created where there is none."""
@@ -445,17 +461,17 @@ class PeftModel(nn.Module):
         extra = checkpoint.read_extra(model_id, subfolder, **hub)
         _check_tokenizer(extra, tokenizer, source, strict)
         fit_vocabulary(self.adapters, state, extra.get("vocabulary"), source)
-        config = _retargeted(config, self.adapters)
-        self._add(adapter_name, config, initialise=False, strict=False)
+        config = _retargeted(config, self.adapters, state)
+        self._add(adapter_name, config, initialise=not strict, strict=False, bare=True)
         try:
             if adapter_name in self.prompt_encoder:
                 self._load_encoder(adapter_name, config, model_id, subfolder, hub, is_trainable)
             expected = checkpoint.adapter_state(self.adapters, adapter_name)
             place_embeddings(self.adapters, state, expected)
-            report = checkpoint.assign(state, expected, source, strict=strict)
+            report = checkpoint.assign(state, expected, source, strict=strict, layers=_paths(self.adapters))
             self._check_base(extra, report.renamed, source, strict)
         except Exception:
-            self.adapters.delete(adapter_name)
+            self.adapters.remove(adapter_name)
             raise
         self.adapters.set_trainable(adapter_name, is_trainable and adapter_name in self.adapters.active)
         return report
@@ -471,7 +487,8 @@ class PeftModel(nn.Module):
 
     def _check_base(self, extra: dict[str, Any], renamed: tuple[str, str] | None, source: str, strict: bool) -> None:
         old, new = (part.removeprefix(checkpoint.PREFIX) for part in renamed or ("", ""))
-        found = differences(extra.get("base", {}), self.adapters, (old, new))
+        with self.adapters.unmerged():
+            found = differences(extra.get("base", {}), self.adapters, (old, new))
         if found and strict:
             raise BaseMismatchError(
                 f"{source} was trained on another base: {'; '.join(found)}. Load it on its own base, or pass strict=False"
@@ -481,13 +498,27 @@ class PeftModel(nn.Module):
 
 
 def _adapters_alone(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """`state_dict()` holds the adapters: the base is frozen and comes from its own checkpoint."""
-    for key in [k for k in state if k.startswith(f"{prefix}base_model.") and not _of_adapter(k)]:
-        del state[key]
+    """`state_dict()` holds the adapters, each tensor once: the base is frozen and comes from its own checkpoint."""
+    seen: set[int] = set()
+    owned = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    for key in [k for k in state if k.startswith(f"{prefix}base_model.")]:
+        tensor = id(owned.get(key.removeprefix(prefix), state[key]))
+        if not _of_adapter(key) or tensor in seen:
+            del state[key]
+        seen.add(tensor)
 
 
 def _base_not_missing(module: nn.Module, incompatible: Any) -> None:
-    incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if _of_adapter(k) or "prompt_encoder." in k]
+    """What is left out of `state_dict()` is not missing. Raises CheckpointError where the state is another adapter's,
+    which a resumed run must not pass over (T3)."""
+    kept = module.state_dict()
+    incompatible.missing_keys[:] = missing = [k for k in incompatible.missing_keys if k in kept]
+    unused = [k for k in incompatible.unexpected_keys if _of_adapter(k) or k.startswith("prompt_encoder.")]
+    if missing and unused:
+        problems = Problems("load_state_dict")
+        problems.add(f"{len(missing)} keys of this model are missing: {shortened(missing)}")
+        problems.add(f"{len(unused)} keys fit nothing in it: {shortened(unused)}")
+        problems.raise_as(CheckpointError, "The state belongs to another adapter; make the model with the same configuration.")
 
 
 def _of_adapter(key: str) -> bool:
@@ -541,7 +572,7 @@ MODEL_TYPES: dict[str, type[PeftModel]] = {
 
 
 @functools.cache
-def _class_for(cls: type[PeftModel], base: type[nn.Module]) -> type[PeftModel]:
+def _class_for(cls: Any, base: Any) -> Any:
     """`cls` with the base model's forward signature, by which Trainer finds labels and columns (T39)."""
 
     def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
@@ -578,30 +609,47 @@ def _refuse_adapted(model: nn.Module, loading: str = "") -> None:
         )
 
 
-def _retargeted(config: Any, adapters: AdapterSet) -> Any:
-    """The configuration with whole names of layers in the prefixes of this model (T4)."""
-    targets = getattr(config, "target_modules", None)
-    if not isinstance(targets, list):
-        return config
-    known = adapters.map.modules
-    dotted = [t for t in targets if "." in t and not any(n == t or n.endswith(f".{t}") for n in known)]
-    change = checkpoint.find_prefix(dotted, known) if dotted else None
-    if change is None:
-        return config
-    old, new = change
-    return _with(config, target_modules=[new + t[len(old) :] if t in dotted else t for t in targets])
+def _retargeted(config: Any, adapters: AdapterSet, state: dict[str, torch.Tensor]) -> Any:
+    """The configuration with whole names of layers in the prefixes of this model (T4).
+
+    Where ends of names also mean layers beside the language model of a multimodal model, and the file has as many layers
+    as the language model alone, it was trained on that.
+    """
+    known, scope = adapters.map.modules, adapters.map.scope
+    lists = {n: v for n in _NAMING if isinstance(v := getattr(config, n, None), list)}
+    if isinstance(text := getattr(config, "target_modules", None), str) and text not in known and re.fullmatch(r"[\w.]+", text):
+        lists["target_modules"] = [text] if "." in text else []
+    patterns = {n: dict(getattr(config, n)) for n in config.overrides if getattr(config, n)}
+    lists |= {f"{n}": [re.sub(r"\\(.)", r"\1", key) for key in table] for n, table in patterns.items()}
+    change = None
+    for entries in lists.values():
+        dotted = [e for e in entries if "." in e and not any(n == e or n.endswith(f".{e}") for n in known)]
+        if dotted and change is None:
+            change = scope and checkpoint.find_prefix(dotted, [n for n in known if n.startswith(scope)])
+            change = change or checkpoint.find_prefix(dotted, known)
+    if change:
+        old, new = change
+        turn = lambda e: new + e[len(old) :] if e.startswith(old) and new + e[len(old) :] in known else e  # noqa: E731
+        changes: dict[str, Any] = {n: [turn(e) for e in entries] for n, entries in lists.items() if n not in patterns}
+        for name, table in patterns.items():
+            plain = {turn(e): e for e in lists[name]}
+            changes[name] = {
+                re.escape(t) if t != e else key: value
+                for (t, e), (key, value) in zip(plain.items(), table.items(), strict=True)
+            }
+        return _with(config, **changes)
+    targets = lists.get("target_modules")
+    if scope and targets:
+        meant = adapters.map._by_suffix(targets)[0]
+        inside = [n for n in meant if n.startswith(scope)]
+        leaves = {n.rsplit(".", 1)[-1] for n in meant}
+        stored = {key[: key.rindex(f".{leaf}.")] + leaf for key in state for leaf in leaves if f".{leaf}." in key}
+        if len(meant) > len(inside) == len(stored):
+            return _with(config, target_scope=[scope.rstrip(".")])
+    return config
 
 
-def _vocabulary(model: nn.Module) -> int | None:
-    embedding = _input_embeddings(model)
-    return None if embedding is None else int(embedding.weight.shape[0])
-
-
-def _input_embeddings(model: Any) -> Any:
-    try:
-        return model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
+_NAMING = ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save")
 
 
 def _check_tokenizer(extra: dict[str, Any], tokenizer: Any, source: str, strict: bool) -> None:
@@ -637,7 +685,12 @@ def inject_adapter_in_model(
     if method_for(peft_config).kind == "prompt":
         raise ConfigError(f"{type(peft_config).__name__} acts on the whole model, so it cannot be injected; use get_peft_model")
     adapters = AdapterSet.of(model) or AdapterSet(model)
-    adapters.add(adapter_name, peft_config)
+    try:
+        adapters.add(adapter_name, peft_config)
+    except Exception:
+        if not adapters.configs:
+            adapters.unload()
+        raise
     adapters.set_active((*adapters.active, adapter_name), trainable=not peft_config.inference_mode)
     model.peft_config = adapters.configs  # type: ignore[assignment]
     return model
@@ -668,8 +721,13 @@ def set_peft_model_state_dict(
     model: nn.Module, peft_model_state_dict: dict[str, torch.Tensor], adapter_name: str = "default", **_: Any
 ) -> checkpoint.LoadReport:
     """Put tensors under PEFT's keys into a live adapter; returns which keys fitted and which did not."""
-    expected = checkpoint.adapter_state(_adapters_of(model), adapter_name)
-    return checkpoint.assign(peft_model_state_dict, expected, "the state dict", strict=False)
+    adapters = _adapters_of(model)
+    expected = checkpoint.adapter_state(adapters, adapter_name)
+    return checkpoint.assign(peft_model_state_dict, expected, "the state dict", strict=False, layers=_paths(adapters))
+
+
+def _paths(adapters: AdapterSet) -> list[str]:
+    return [key.split("#")[0] for key in adapters.layers]
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> AdapterConfig:
@@ -728,6 +786,10 @@ class AutoPeftModel:
         auto: Any = getattr(transformers, cls.auto_class)
         if cls is AutoPeftModel and read.task_type:
             auto = getattr(transformers, AUTO_CLASSES[read.task_type])
+        elif cls is AutoPeftModel and (name := (read.auto_mapping or {}).get("base_model_class")):
+            auto = getattr(transformers, name, None)
+            if auto is None:  # no module that a file names is imported
+                raise ConfigError(f"{source} belongs to a {name}, which transformers has not; load it with PeftModel")
         state = checkpoint.read_state(source, revision=revision)
         if "num_labels" not in kwargs and (labels := _head_rows(state)) is not None:
             kwargs["num_labels"] = labels

@@ -78,7 +78,15 @@ def read_state(source: Any, subfolder: str | None = None, **hub: Any) -> dict[st
                 "trainer.train(resume_from_checkpoint=...), or save the adapter with model.save_pretrained(folder)."
             )
         raise CheckpointError(f"{source} has neither {WEIGHTS_NAME} nor {BIN_NAME}.{hint}")
-    return read_weights(path)
+    state = read_weights(path)
+    return {key: tensor for key, tensor in state.items() if not any(_without(key, w) in state for w in _WRAPPERS)}
+
+
+_WRAPPERS = ("modules_to_save.", "original_module.")  # with bias="all" PEFT stores a head's bias under these names too
+
+
+def _without(key: str, wrapper: str) -> str | None:
+    return key.replace(f".{wrapper}", ".") if f".{wrapper}" in key else None
 
 
 def read_extra(source: Any, subfolder: str | None = None, **hub: Any) -> dict[str, Any]:
@@ -93,14 +101,19 @@ def read_extra(source: Any, subfolder: str | None = None, **hub: Any) -> dict[st
 
 
 def assign(
-    state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], source: str, *, strict: bool = True
+    state: Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Tensor],
+    source: str,
+    *,
+    strict: bool = True,
+    layers: Iterable[str] = (),
 ) -> LoadReport:
     """Put the tensors of a file into the live ones of an adapter.
 
-    Raises CheckpointError listing every missing, unused and misshapen key; with `strict=False` they are reported.
+    A change of prefix that makes keys fit must lie above the layers, whose paths `layers` names. Raises CheckpointError listing every missing, unused and misshapen key; with `strict=False` they are reported.
     """
     report = LoadReport()
-    state, report.renamed = _renamed(state, expected)
+    state, report.renamed = _renamed(state, expected, layers)
     report.unexpected_keys = sorted(state.keys() - expected.keys())
     report.mismatched_keys = sorted(k for k in state.keys() & expected.keys() if state[k].shape != expected[k].shape)
     filled = {id(expected[k]) for k in state.keys() & expected.keys()}
@@ -133,11 +146,11 @@ def assign(
 
 
 def _renamed(
-    state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+    state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], layers: Iterable[str]
 ) -> tuple[dict[str, torch.Tensor], tuple[str, str] | None]:
     unmatched, free = [k for k in state if k not in expected], [k for k in expected if k not in state]
     change = find_prefix(unmatched, free) if unmatched and free else None
-    if change is None:
+    if change is None or any(change[1].startswith(f"{prefix}{n}.") for prefix in (PREFIX, PROMPT_PREFIX) for n in layers):
         return dict(state), None
     old, new = change
     logger.warning("adapter keys renamed: %r is %r in this model", old, new)
@@ -158,10 +171,12 @@ def find_prefix(names: Iterable[str], available: Iterable[str]) -> tuple[str, st
             old, new = ".".join(first[: len(first) - common]), ".".join(parts[: len(parts) - common])
             candidates[(old + "." if old else "", new + "." if new else "")] = common
     fitting = []
-    for old, new in sorted(candidates, key=lambda c: -candidates[c]):
+    for old, new in sorted(candidates, key=lambda c: (-candidates[c], c)):
         turned = [new + n[len(old) :] if n.startswith(old) else None for n in names]
         if None not in turned and available.issuperset(turned) and len(set(turned)) == len(names):  # type: ignore[arg-type]
             fitting.append((old, new))
+    if len(fitting) > 1 and candidates[fitting[0]] == candidates[fitting[1]]:
+        return None  # two places fit as well: no guessing
     return fitting[0] if fitting else None
 
 

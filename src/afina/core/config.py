@@ -143,7 +143,7 @@ class AdapterConfig:
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)
             if f.name not in self.in_memory
-            and (f.name not in self.beyond_peft or getattr(self, f.name) not in (None, False))
+            and (f.name not in self.beyond_peft or getattr(self, f.name) not in (None, False, {}, []))
             and (f.name != "peft_version" or self.peft_version is not None)
         }
         written = {k: sorted(v) if isinstance(v, set | frozenset) else v for k, v in written.items()}
@@ -290,7 +290,13 @@ def resolve_file(
         if not required:
             return None
         here = sorted(p.name for p in folder.iterdir())
-        raise CheckpointError(f"{folder} has no {filename}; it holds {', '.join(here[:8]) or 'nothing'}")
+        hint = ""
+        if "trainer_state.json" in here or "training_args.bin" in here:
+            hint = (
+                ". It is a checkpoint of transformers' Trainer: resume it with trainer.train(resume_from_checkpoint=...), and "
+                "save the adapter with model.save_pretrained(folder)"
+            )
+        raise CheckpointError(f"{folder} has no {filename}; it holds {', '.join(here[:8]) or 'nothing'}{hint}")
     if Path(source).is_absolute() or str(source).startswith(("./", "../", "~")) or str(source).count("/") > 1:
         raise CheckpointError(f"there is no folder {source}")
     from huggingface_hub import hf_hub_download

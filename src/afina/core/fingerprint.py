@@ -22,14 +22,15 @@ _SIZES = ("hidden_size", "d_model", "n_embd", "num_hidden_layers", "num_layers",
 def fingerprint(adapters: AdapterSet) -> dict[str, Any]:
     """Class, sizes and sampled weights of the bare model."""
     model = adapters.model
-    config = getattr(model, "config", None)
+    config, text = _configs(model)
     tensors = _comparable(adapters)
     step = max(1, len(tensors) // _TENSORS)
     sample = {name: _values(tensors[name]) for name in sorted(tensors)[::step][: _TENSORS + 8]}
     return {
         "class": type(model).__name__,
         "model_type": getattr(config, "model_type", None),
-        "sizes": {key: value for key in _SIZES if isinstance(value := getattr(config, key, None), int)},
+        "text_type": getattr(text, "model_type", None),
+        "sizes": {key: value for key in _SIZES if isinstance(value := getattr(text, key, None), int)},
         "weights": {name: values for name, values in sample.items() if values is not None},
     }
 
@@ -39,12 +40,13 @@ def differences(stored: dict[str, Any], adapters: AdapterSet, rename: tuple[str,
 
     `rename` is the change of prefix under which the adapter's keys were found in this model.
     """
-    config = getattr(adapters.model, "config", None)
+    configs = _configs(adapters.model)
+    types = [getattr(config, "model_type", None) for config in configs]
     found = []
-    if stored.get("model_type") and stored["model_type"] != getattr(config, "model_type", None):
-        found.append(f"it was trained on a {stored['model_type']} model, this is a {getattr(config, 'model_type', None)}")
+    if stored.get("model_type") and not {stored["model_type"], stored.get("text_type")} & {*types}:
+        found.append(f"it was trained on a {stored['model_type']} model, this is a {types[0]}")
     for key, value in stored.get("sizes", {}).items():
-        if (here := getattr(config, key, None)) != value:
+        if (here := getattr(configs[1], key, None)) != value:
             found.append(f"{key} was {value}, here it is {here}")
     tensors = _comparable(adapters)
     wrong, compared = [], 0
@@ -61,6 +63,12 @@ def differences(stored: dict[str, Any], adapters: AdapterSet, rename: tuple[str,
     if compared and len(wrong) > compared // 10:
         found.append(f"{len(wrong)} of {compared} sampled weights differ, for example {wrong[0]}")
     return found
+
+
+def _configs(model: Any) -> tuple[Any, Any]:
+    """Configuration of a model and, within it, that of its language model: a multimodal model holds both."""
+    config = getattr(model, "config", None)
+    return config, config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _comparable(adapters: AdapterSet) -> dict[str, torch.Tensor]:

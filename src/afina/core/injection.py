@@ -48,6 +48,7 @@ class AdapterSet:
         self.layers: dict[str, AdaptedLayer] = {}  # "path" or "path#parameter", in the names of the bare model
         self.injected: dict[str, Injected] = {}
         self.prompts = nn.ModuleDict()  # by adapter name; hung into the tree by PeftModel
+        self.undo: list[Callable[[], None]] = []  # what else to take back when the adapters are taken out
         self._map: ModuleMap | None = None
         model.__dict__[ATTRIBUTE] = self
 
@@ -77,14 +78,18 @@ class AdapterSet:
         keys are compared afterwards. Nothing is changed when an error is raised.
         """
         self.check_new_name(name)
+        with self.unmerged():
+            return self._add(name, config, initialise=initialise, strict=strict)
+
+    def _add(self, name: str, config: AdapterConfig, *, initialise: bool, strict: bool) -> AdapterConfig:
         found = Injected()
-        if not self.configs:
-            self._freeze()
         config = self.resolve_saved(config, found, strict=strict)
         plan = self._plan(config, strict=strict)
         if isinstance(config, TargetedConfig):
             config = self._resolved(config, plan)
         built = self._build(plan, config, initialise)
+        if not self.configs:
+            self._freeze()
         for placement, view, adapter in built:
             layer = self._wrap(placement, view)
             adapter.requires_grad_(False)
@@ -111,9 +116,7 @@ class AdapterSet:
 
     def resolve_saved(self, config: Any, found: Injected, *, strict: bool) -> Any:
         """The configuration with every newly initialised module and every new head in `modules_to_save` (T5)."""
-        problems = Problems(type(config).__name__)
-        asked = self.map.saved_names(config.modules_to_save, problems, strict=strict)
-        problems.raise_as(TargetError)
+        asked = self.map.saved_names(config.modules_to_save, Problems(""), strict=False)  # a wrong name is told with the rest
         names = list(config.modules_to_save or ())
         if strict:
             new = new_modules(self.map)
@@ -139,7 +142,7 @@ class AdapterSet:
         method = method_for(config)
         if method.kind == "layer":
             plan += method.adapter.placements(self.map, config, strict=strict)
-        saved = self.map.saved_names(config.modules_to_save, problems, strict=False)
+        saved = self.map.saved_names(config.modules_to_save, problems, strict=strict and method.kind == "prompt")
         tie = getattr(config, "ensure_weight_tying", False)
         for path in saved:
             others = [n for n in tied_names(self.map, path) if n != path]
@@ -186,7 +189,7 @@ class AdapterSet:
         if config.target_modules is not None and config.target_modules != "all-linear" and not config.target_scope:
             return config
         own = method_for(config).adapter
-        paths = [p.path for p in plan if p.parameter is None and issubclass(p.adapter, own)]
+        paths = [p.path for p in plan if p.parameter is None and p.shares is None and issubclass(p.adapter, own)]
         return dataclasses.replace(config, target_modules=compact_names(paths, self.map.modules))
 
     def _build(
@@ -252,10 +255,17 @@ class AdapterSet:
                 f"no adapter is called {' or '.join(map(repr, unknown))}." + did_you_mean(unknown[0], [*self.configs, *allow])
             )
 
+    @staticmethod
+    def check_once(names: Sequence[str]) -> None:
+        """Raise AdapterNameError for a name that comes twice: the adapter would act twice."""
+        if twice := [n for n in dict.fromkeys(names) if names.count(n) > 1]:
+            raise AdapterNameError(f"{' and '.join(map(repr, twice))} is named twice in {list(names)}; name each adapter once")
+
     def set_active(self, names: str | Sequence[str], *, trainable: bool = True) -> None:
         """Make these adapters act, in this order, and train; the others do neither (T10)."""
         names = (names,) if isinstance(names, str) else tuple(names)
         self.check_names(names)
+        self.check_once(names)
         if any(layer.merged for layer in self.layers.values()):
             self.unmerge()
         for name in {*self.active} - {*names}:
@@ -280,13 +290,21 @@ class AdapterSet:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The base model inside the block: merged weights are put back for as long."""
+        self.remember_state()
+        with self.unmerged(), self.runtime.using(State(self.active, enabled=False)):
+            yield
+
+    @contextmanager
+    def unmerged(self) -> Iterator[None]:
+        """The stored weights of the base inside the block, what was merged merged again after it."""
         merged = self.merged
         if merged:
             self.unmerge()
-        with self.runtime.using(State(self.active, enabled=False)):
+        try:
             yield
-        if merged:
-            self.merge(merged)
+        finally:
+            if merged:
+                self.merge([name for name in merged if name in self.configs])
 
     def set_rows(self, names: Sequence[str] | None) -> None:
         """Say which adapter each row of the coming batches uses; None: all rows use the active ones."""
@@ -295,6 +313,7 @@ class AdapterSet:
                 self.runtime.set(rows=None)
             return
         self.check_names(names, allow=(BASE_ROW,))
+        self.remember_state()
         if self.merged:
             raise MergeError("adapter_names: a mixed batch needs unmerged adapters; call unmerge_adapter() first")
         fused = [key for key, layer in self.layers.items() if {*names} & {*layer.adapters} and "#" in key]
@@ -320,17 +339,24 @@ class AdapterSet:
         self.check_names([name])
         if name in self.merged:
             raise MergeError(f"adapter {name!r} is merged into the base; call unmerge_adapter() first")
+        trained = any(p.requires_grad for adapter in self.adapters(name) for p in adapter.parameters())
+        self.remove(name)
+        if name not in self.active:
+            return
+        left = tuple(n for n in self.active if n != name)
+        if not left and self.configs:
+            left = (next(iter(self.configs)),)
+            logger.warning("adapter %r was active and is deleted; %r is active now", name, left[0])
+        self.set_active(left, trainable=trained)
+
+    def remove(self, name: str) -> None:
+        """Take the parameters of one adapter out, and nothing else."""
         for layer in self.layers.values():
             if name in layer.adapters:
                 del layer.adapters[name]
         if name in self.prompts:
             del self.prompts[name]
         del self.configs[name], self.injected[name]
-        left = tuple(n for n in self.active if n != name)
-        if not left and self.configs and name in self.active:
-            left = (next(iter(self.configs)),)
-            logger.warning("adapter %r was active and is deleted; %r is active now", name, left[0])
-        self.set_active(left)
 
     def unload(self) -> nn.Module:
         """Take every wrapper out of the tree; returns the model, with whatever has been merged into it."""
@@ -339,6 +365,8 @@ class AdapterSet:
             for place in (path, *self.map.aliases.get(path, ())):
                 parent, leaf = self._parent(place)
                 parent._modules[leaf] = layer.base_layer
+        for undo in self.undo:
+            undo()
         self.layers.clear()
         self.model.__dict__.pop(ATTRIBUTE, None)
         return self.model
@@ -354,6 +382,7 @@ class AdapterSet:
         """Put adapters into the stored weights, all of them or none; `keep` holds on to what was stored."""
         names = tuple(self.active if names is None else names)
         self.check_names(names)
+        self.check_once(names)
         problems = Problems("merge")
         for key, layer in self.layers.items():
             for name in names:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -43,17 +43,20 @@ class Prompt(nn.Module):
 
     def __init__(self, config: Any, model: nn.Module, *, initialise: bool = True, bare: bool = False):
         super().__init__()
-        embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-        wide = not config.autocast_adapter_dtype or embedding.dtype == torch.float64
-        self.dtype = embedding.dtype if wide else torch.float32
-        self.device = embedding.device
+        stored = next(p for p in model.parameters() if p.dtype.is_floating_point)
+        self.dtype = torch.float32 if config.autocast_adapter_dtype and stored.dtype != torch.float64 else stored.dtype
+        self.device = stored.device
         if bare:
-            self.table = nn.Parameter(torch.empty(*self.shape(config), dtype=self.dtype, device=self.device))
+            self.table = nn.Parameter(torch.zeros(*self.shape(config), dtype=self.dtype, device=self.device))
         else:
             self.build(config)
             self.to(device=self.device, dtype=self.dtype)
             if initialise and self.device.type != "meta":
                 self.reset(config, model)
+
+    if TYPE_CHECKING:  # parameters are registered by name
+
+        def __getattr__(self, name: str) -> Any: ...
 
     @staticmethod
     def shape(config: Any) -> tuple[int, int]:
@@ -90,7 +93,7 @@ def complete_prompt_config(config: PromptConfig, model: nn.Module, prompt: type[
     if base is None or not hasattr(model, "get_input_embeddings") or not hasattr(base, "get_text_config"):
         raise TargetError(f"{type(config).__name__} needs a transformers model with input embeddings")
     text = base.get_text_config()
-    if getattr(base, "vocab_size", getattr(text, "vocab_size", None)) is None and not prompt.prefix:
+    if getattr(model, "main_input_name", "input_ids") != "input_ids" and not prompt.prefix:
         raise TargetError(
             f"{type(model).__name__} takes no token ids, so virtual tokens have no place in its input; use a method that "
             "acts on layers, or prefix tuning"
@@ -119,7 +122,7 @@ def complete_prompt_config(config: PromptConfig, model: nn.Module, prompt: type[
 
 
 class PromptFeeder:
-    """Puts the virtual tokens of the active prompt into a forward call. Hung into a model once, it stays."""
+    """Puts the virtual tokens of the active prompt into a forward call. Hung into a model once, it stays until `unload`."""
 
     def __init__(self, adapters: AdapterSet):
         self.adapters = adapters
@@ -128,11 +131,23 @@ class PromptFeeder:
         self.model = model
         self.encoder_decoder = bool(model.config.is_encoder_decoder)
         self.names = _parameters(model)
-        model.register_forward_pre_hook(self, with_kwargs=True)
+        self.handles = [model.register_forward_pre_hook(self, with_kwargs=True)]
+        adapters.undo.append(self.remove)
         if self.encoder_decoder:
             encoder = model.get_encoder()
             self.encoder_names = _parameters(encoder)
-            encoder.register_forward_pre_hook(self.feed_encoder, with_kwargs=True)
+            self.handles.append(encoder.register_forward_pre_hook(self.feed_encoder, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Take the hooks, and what prefixes changed in the attention, out of the model again."""
+        for handle in self.handles:
+            handle.remove()
+        plain = {changed: kind for kind, changed in _PREFIXED.items()}
+        for module in self.model.modules():
+            module.__dict__.pop("afina_prefix", None)
+            config = getattr(module, "config", None)
+            if (kind := getattr(config, "_attn_implementation", None)) in plain:
+                config._attn_implementation = plain[kind]
 
     def active(self) -> tuple[Any, Any] | tuple[None, None]:
         """The active prompt and its configuration."""
@@ -247,7 +262,7 @@ class PromptFeeder:
             return make.create_position_ids_from_input_ids(tokens, make.padding_idx, seen + n)
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() == 2 and self.model.config.model_type == "opt":  # counts what is attended to
-            return ((mask.cumsum(1) * mask - 1).clamp(min=0) + n)[:, -tokens.shape[1] :].long()
+            return ((mask.cumsum(1) + n) * mask - 1)[:, -tokens.shape[1] :].long()
         positions = torch.arange(seen + n, seen + n + tokens.shape[1], device=tokens.device)
         return positions.expand(tokens.shape[0], -1)
 
@@ -267,7 +282,7 @@ class PromptFeeder:
         if kwargs.get("decoder_input_ids") is not None:
             ids = kwargs["decoder_input_ids"]
         cache = DynamicCache()
-        dtype = self.model.get_input_embeddings().weight.dtype
+        dtype = self.model.dtype
         for i in range(len(rows) // 2):
             key, value = (rows[2 * i + j].to(dtype).expand(ids.shape[0], -1, -1, -1) for j in (0, 1))
             cache.update(key, value, i)
