@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from afina.core.injection import AdapterSet
 from afina.errors import CheckpointError
 
-__all__ = ["fit_vocabulary", "place_embeddings", "resized_embeddings", "tokenizer_hash"]
+if TYPE_CHECKING:
+    from afina.core.injection import AdapterSet
+
+__all__ = ["fit_vocabulary", "place_embeddings", "resized_embeddings", "rows_of_checkpoint", "tokenizer_hash", "vocabulary_rows"]
 
 PREFIX = "base_model.model."
 
@@ -32,10 +34,17 @@ def _embeddings(adapters: AdapterSet) -> dict[str, torch.Tensor]:
         except (AttributeError, NotImplementedError):
             continue
         module = getattr(module, "base_layer", module)
+        if module is None or "weight" not in module._parameters:  # pictures are embedded by more than a table
+            continue
         path = next((n for n, m in adapters.map.modules.items() if m is module), None)
         if path is not None:
             found[path] = module.weight
     return found
+
+
+def vocabulary_rows(adapters: AdapterSet) -> int | None:
+    """Rows of the input embedding, or None where the model has no such table."""
+    return next((int(weight.shape[0]) for weight in _embeddings(adapters).values()), None)
 
 
 def resized_embeddings(peft_model: Any, state: dict[str, Any], save: str | bool) -> dict[str, torch.Tensor]:
@@ -45,13 +54,13 @@ def resized_embeddings(peft_model: Any, state: dict[str, Any], save: str | bool)
     adapters: AdapterSet = peft_model.adapters
     tensors = {f"{PREFIX}{path}.weight": weight for path, weight in _embeddings(adapters).items()}
     if save == "auto":
-        rows = _rows_of_checkpoint(adapters.model)
+        rows = rows_of_checkpoint(adapters.model)
         if rows is None or all(t.shape[0] == rows for t in tensors.values()):
             return {}
     return {key: tensor for key, tensor in tensors.items() if key not in state}
 
 
-def _rows_of_checkpoint(model: Any) -> int | None:
+def rows_of_checkpoint(model: Any) -> int | None:
     """Vocabulary of the checkpoint the base was loaded from, or None where it cannot be told without a download."""
     path = getattr(getattr(model, "config", None), "_name_or_path", None)
     if not path:
@@ -70,7 +79,7 @@ def fit_vocabulary(adapters: AdapterSet, state: dict[str, torch.Tensor], rows: i
     here = _embeddings(adapters)
     if not here:
         return
-    stored = [state[key] for path in here if (key := f"{PREFIX}{path}.weight") in state]
+    stored = [state[key] for path in here for key in _keys(path) if key in state]
     present = next(iter(here.values())).shape[0]
     wanted = stored[0].shape[0] if stored else rows
     if wanted is None or wanted == present:
@@ -94,6 +103,11 @@ def place_embeddings(adapters: AdapterSet, state: dict[str, torch.Tensor], expec
     """Put the embeddings of a file that are no adapter's into the base; `state` loses their keys."""
     with torch.no_grad():
         for path, weight in _embeddings(adapters).items():
-            key = f"{PREFIX}{path}.weight"
-            if key in state and key not in expected and state[key].shape == weight.shape:
-                weight.copy_(state.pop(key))
+            for key in _keys(path):
+                if key in state and key not in expected and state[key].shape == weight.shape:
+                    weight.copy_(state.pop(key))
+
+
+def _keys(path: str) -> tuple[str, str]:
+    """Where a file may hold an embedding: plain, and as PEFT names it where it has an adapter of its own."""
+    return f"{PREFIX}{path}.weight", f"{PREFIX}{path}.base_layer.weight"

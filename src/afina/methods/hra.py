@@ -1,4 +1,4 @@
-"""HRA: rotate the input by a chain of r Householder reflections. y = base(x R), R = H_1 ... H_r, H = I - 2 u u.T / |u|^2.
+"""HRA: rotate the input by a chain of r Householder reflections. y = base(x R), R = H_r ... H_1, H = I - 2 u u.T / |u|^2.
 
 Yuan et al. 2024, https://arxiv.org/abs/2405.17484. Cost: 2 r products of the width a row; kept for backward: x and the
 r reflected inputs. It starts as the base when the vectors come in equal pairs, whose reflections cancel; r is even then.
@@ -27,7 +27,7 @@ class HRAConfig(TargetedConfig):
     peft_type: ClassVar[str] = "HRA"
     overrides: ClassVar[Mapping[str, str]] = {"rank_pattern": "r"}
     foreign: ClassVar[Mapping[str, object]] = {"apply_GS": False, "bias": "none"}
-    beyond_peft: ClassVar[frozenset[str]] = frozenset({"trainable_token_indices", "ensure_weight_tying"})
+    beyond_peft: ClassVar[frozenset[str]] = frozenset({"rank_pattern", "trainable_token_indices", "ensure_weight_tying"})
 
     r: int = option(8, "number of reflections, even", low=1)
     init_weights: bool = option(True, "start as the base; False: random vectors")
@@ -66,7 +66,7 @@ class HRA(Rotation):
     def rotate(self, x: torch.Tensor, *, transposed: bool = False) -> torch.Tensor:
         vectors = torch.nn.functional.normalize(self.hra_u, dim=0)
         columns = range(vectors.shape[1])
-        for i in reversed(columns) if transposed else columns:
+        for i in columns if transposed else reversed(columns):
             u = cast(vectors[:, i], x)
             x = x - 2 * (x @ u).unsqueeze(-1) * u
         return x

@@ -29,6 +29,7 @@ class TrainableTokensConfig(TargetedConfig):
     """Options of trainable tokens."""
 
     peft_type: ClassVar[str] = "TRAINABLE_TOKENS"
+    beyond_peft: ClassVar[frozenset[str]] = TargetedConfig.beyond_peft | {"exclude_modules", "modules_to_save"}
 
     token_indices: list[int] = option(None, "ids of the tokens whose rows are trained", factory=list)
     init_weights: bool = option(True, "start from the rows of the base; False: random")
@@ -107,7 +108,10 @@ class TrainableTokens(Adapter):
 
     @classmethod
     def default_targets(cls, modules: ModuleMap) -> list[str]:
-        embedding = modules.model.get_input_embeddings()  # type: ignore[operator]
+        try:
+            embedding = modules.model.get_input_embeddings()  # type: ignore[operator]
+        except (AttributeError, NotImplementedError):
+            raise TargetError(f"{type(modules.model).__name__} has no table of tokens to train rows of") from None
         return [name for name, module in modules.modules.items() if module is embedding]
 
     @classmethod
@@ -159,7 +163,7 @@ class TrainableTokens(Adapter):
 class Companion(TrainableTokens):
     """Trained rows beside another method; PEFT's files keep them below `token_adapter`."""
 
-    checkpoint_keys: ClassVar[dict[str, str]] = {"trainable_tokens_delta": "token_adapter.trainable_tokens_delta"}
+    checkpoint_keys: dict[str, str] = {"trainable_tokens_delta": "token_adapter.trainable_tokens_delta"}
 
 
 class TiedCompanion(Companion):
