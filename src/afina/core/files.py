@@ -22,6 +22,9 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         write(beside)
+        mask = os.umask(0)
+        os.umask(mask)
+        beside.chmod(0o666 & ~mask)  # safetensors writes files that nobody else may read
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)

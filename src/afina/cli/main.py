@@ -1,0 +1,57 @@
+"""The command `afina`. Nothing heavy is imported here, so that `afina --help` is there at once."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from afina import __version__
+from afina.cli import evaluate, methods, predict, targets, train
+from afina.cli.show import fail
+from afina.errors import AfinaError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Tune pretrained transformers to your own data by training a small number of parameters.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+app.command("train")(train.train)
+app.command("predict")(predict.predict)
+app.command("evaluate")(evaluate.evaluate)
+app.command("methods")(methods.methods)
+app.command("targets")(targets.targets)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"afina {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")] = False,
+) -> None:
+    """Options that come before the command."""
+
+
+def main() -> None:
+    """Run a command; what the user can mend is printed as one message, and the exit code is 1."""
+    debug = "--debug" in sys.argv
+    if debug and "--debug" in sys.argv[2:]:  # also after the command
+        sys.argv = [sys.argv[0], "--debug", *(a for a in sys.argv[1:] if a != "--debug")]
+    try:
+        app()
+    except AfinaError as error:
+        if debug:
+            raise
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("stopped")

@@ -1,0 +1,79 @@
+"""How the command line prints: tables and colour on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+__all__ = ["console", "fail", "heading", "pairs", "quiet", "table"]
+
+
+def console(*, stderr: bool = False) -> Any:
+    """Where to print: as wide as the terminal, and no line is broken elsewhere."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+
+
+def fail(message: str) -> NoReturn:
+    """Print an error in red and leave with code 1."""
+    from rich.text import Text
+
+    console(stderr=True).print(Text(f"Error: {message}", style="red"))
+    sys.exit(1)
+
+
+def heading(text: str) -> None:
+    """A line above a group of lines."""
+    from rich.text import Text
+
+    console().print(Text(f"\n{text}", style="bold"))
+
+
+def pairs(values: Mapping[str, Any], indent: int = 2) -> None:
+    """Names and values in two columns."""
+    width = max(len(name) for name in values)
+    for name, value in values.items():
+        lines = str(value).splitlines() or [""]
+        console().print(f"{'':{indent}}{name:<{width}}  {lines[0]}", markup=False)
+        for line in lines[1:]:
+            console().print(f"{'':{indent + width + 2}}{line}", markup=False)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[str] = ()) -> None:
+    """A table on a terminal; elsewhere plain lines with the columns below each other."""
+    out = console()
+    if not out.is_terminal:
+        cells = [[str(cell) for cell in row] for row in (columns, *rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        for row in cells:
+            fields = zip(row, widths, columns, strict=True)
+            print(f"  {'  '.join(c.rjust(w) if name in right else c.ljust(w) for c, w, name in fields)}".rstrip())
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(box=None, padding=(0, 0, 0, 2), header_style="bold", pad_edge=True)
+    for name in columns:
+        made.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(str(cell)) for cell in row))
+    out.print(made, soft_wrap=False)
+
+
+def quiet() -> None:
+    """Keep other libraries from talking over the command: their news is checked and told by afina."""
+    import logging
+    import os
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(transformers|huggingface_hub|accelerate|torch)(\.|$)")

@@ -1,0 +1,230 @@
+"""`afina train`: from a CSV file to a tuned, tested and saved classifier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from afina.cli.show import console, heading, pairs, quiet, table
+
+if TYPE_CHECKING:
+    from afina.training.recipe import Recipe
+    from afina.training.run import Run
+
+__all__ = ["train"]
+
+# option -> where the recipe keeps it
+PLACES = {
+    "data": "data.file", "text": "data.text", "label": "data.label", "model": "model", "method": "method.name",
+    "epochs": "training.epochs", "batch_size": "training.batch_size", "learning_rate": "training.learning_rate",
+    "max_length": "training.max_length", "max_truncated": "training.max_truncated", "precision": "training.precision",
+    "gradient_accumulation": "training.gradient_accumulation", "seed": "training.seed",
+}  # fmt: skip
+TYPED = {place: f"--{option.replace('_', '-')}" for option, place in PLACES.items()}
+
+
+def train(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RECIPE.yaml] [KEY=VALUE]...", help="A recipe, and options of the method, such as r=16."),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="CSV file with a header row.")] = None,
+    text: Annotated[str | None, typer.Option(help="Column of the text.")] = None,
+    label: Annotated[str | None, typer.Option(help="Column of the label.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="minilm (comes with afina\\[demo]), a folder, or a hub id. [minilm]")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="See `afina methods`. [lora]")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write the run into.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training rows. [5]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows of one step. [16]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. [what suits the method]")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of a text. [the longest, up to the model's limit]")] = None,
+    max_truncated: Annotated[float | None, typer.Option(help="Largest share of texts that may be cut off. [0.3]")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16. [auto]")] = None,
+    gradient_accumulation: Annotated[
+        int | None, typer.Option(help="Parts a step is computed in, to save memory. [1]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the split, new weights and order. [0]")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in the output folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show everything, and stop before training.")] = False,
+) -> None:
+    """Tune a classifier on a CSV file, test it on rows it never saw, and save it.
+
+    afina train --data messages.csv --text message --label label --output runs/messages
+    """
+    given = {name: value for name, value in locals().items() if name in PLACES and value is not None}
+    recipe, output = assemble(given, list(arguments or []), output)
+    import time
+
+    quiet()
+    from afina.training.run import prepare
+
+    started = time.perf_counter()
+    run = prepare(recipe, output, spell=lambda place: TYPED.get(place, place), overwrite=overwrite, resume=resume)
+    show_plan(run)
+    if dry_run:
+        console().print("\nNothing was trained or written (--dry-run).")
+        return
+    heading("Training")
+    metrics = run.execute(show_line)
+    show_outcome(run, metrics, time.perf_counter() - started)
+
+
+def assemble(given: dict[str, Any], arguments: list[str], output: Path | None) -> tuple[Recipe, Path]:
+    """The recipe that a file and the options typed over it make; raises ConfigError with everything wrong in them."""
+    from afina.cli.assignments import method_options
+    from afina.core.registry import get_method
+    from afina.errors import ConfigError, Problems
+    from afina.training.recipe import Recipe, read_recipe
+
+    problems = Problems("afina train")
+    files = [a for a in arguments if a.endswith((".yaml", ".yml")) and "=" not in a]
+    if len(files) > 1:
+        problems.add(f"one recipe at a time: {', '.join(files)}")
+    recipe = read_recipe(Path(files[0])) if files else Recipe()
+    for name, value in given.items():
+        section, _, key = PLACES[name].rpartition(".")
+        if name == "method":
+            if value != recipe.method.get("name"):
+                recipe.method = {"name": value}
+        else:
+            setattr(getattr(recipe, section) if section else recipe, key, value)
+    try:
+        chosen = get_method(str(recipe.method["name"]))
+        words = [a for a in arguments if a not in files]
+        recipe.method.update(method_options(words, chosen.config, chosen.name, problems))
+    except ConfigError as error:
+        problems.add(f"--method: {error}")
+    if output is None:
+        problems.add("--output is missing: the folder to write the run into, for example --output runs/first")
+    for place in ("data.file", "data.text", "data.label"):
+        if problems.found and not getattr(recipe.data, place.split(".")[1]):
+            problems.add(f"{TYPED[place]} is missing")
+    problems.raise_as(ConfigError)
+    assert output is not None
+    return recipe, output
+
+
+def show_plan(run: Run) -> None:
+    """What is about to happen, before it does."""
+    recipe, model = run.recipe, run.model
+    injected = model.adapters.injected["default"]
+    trainable, total = model.get_nb_trainable_parameters()
+    new = f", {len(injected.new)} of them new ({', '.join(injected.new)})" if injected.new else ""
+    heading("Model")
+    pairs(
+        {
+            "base": f"{recipe.model}, {type(model.get_base_model()).__name__}, {total:,} parameters",
+            "method": " ".join(str(v) if k == "name" else f"{k}={v}" for k, v in short(recipe.method).items()),
+            "adapted": f"{len(injected.adapted)} layers; {len(injected.saved)} trained whole{new}; {frozen_layers(model)} frozen",
+            "trained": f"{trainable:,} parameters, {trainable / total:.2%} of all",
+        }
+    )
+    heading("Data")
+    cleaned = run.cleaned
+    pairs(
+        {
+            "file": f"{recipe.data.file}: {cleaned.rows} rows, {cleaned.kept} used",
+            "": "\n".join(cleaned.lines() or ["none dropped"]),
+        }
+    )
+    labels = run.task.labels
+    rows = [[name, len(run.splits[name]), *run.classes(name).values()] for name in run.splits]
+    table(["rows", "all", *labels], rows, right=["all", *labels])
+    lengths = sorted(run.encoded.lengths)
+    pairs(
+        {
+            "tokens": f"{lengths[len(lengths) // 2]} a text in the middle, {lengths[-1]} at most; "
+            f"{run.encoded.truncated} texts cut off at {run.encoded.max_length}"
+        }
+    )
+    example, tokens = run.example()
+    heading(f"One training row as the model sees it (line {example.line})")
+    pairs(
+        {
+            "text": example.text,
+            "tokens": " ".join(tokens),
+            "label": f"{example.label}  (class {labels.index(example.label)})",
+        }
+    )
+    options = recipe.training
+    heading("Plan")
+    pairs(
+        {
+            "epochs": f"{options.epochs} of {-(-len(run.splits['train']) // options.batch_size)} steps, {options.batch_size} rows a step",
+            "learning rate": f"{options.learning_rate:g} at its peak",
+            "precision": run.precision + (" (trained weights stay fp32)" if run.precision != "fp32" else ""),
+            "kept": f"the epoch with the best {options.best} on the validation rows",
+            "output": run.output,
+        }
+    )
+
+
+def short(method: dict[str, Any]) -> dict[str, Any]:
+    """The method's options that say something, without long lists."""
+    said = {k: v for k, v in method.items() if v is not False and v != 0.0 and not (k == "init_lora_weights" and v is True)}
+    return {k: (f"({len(v)} names)" if isinstance(v, list) and len(v) > 6 else v) for k, v in said.items() if v != "none"}
+
+
+def frozen_layers(model: Any) -> int:
+    """Modules with weights of their own that nothing trains."""
+    adapters = model.adapters
+    injected = adapters.injected["default"]
+    touched = {key.split("#")[0] for key in injected.adapted} | set(injected.saved)
+    weighty = [p for p, m in adapters.map.modules.items() if any(w is not None for w in m._parameters.values())]
+    return sum(p not in touched and not any(p.startswith(f"{s}.") for s in injected.saved) for p in weighty)
+
+
+def show_line(line: dict[str, Any]) -> None:
+    """One line for each epoch; steps are in log.jsonl."""
+    out = console()
+    if "validation_loss" not in line:
+        if out.is_terminal:
+            print(f"  step {line['step']} of {line['of']}  loss {line['loss']:.3f}", end="\r", flush=True)
+        return
+    out.print(
+        f"  epoch {line['epoch']}  loss {line['train_loss']:.3f}   validation: loss {line['validation_loss']:.3f}  "
+        f"accuracy {line['validation_accuracy']:.1%}  macro F1 {line['validation_macro_f1']:.3f}   {line['seconds']:.0f} s"
+        + ("  best so far" if line["best"] else "")
+    )
+
+
+def show_outcome(run: Run, metrics: dict[str, Any], seconds: float) -> None:
+    """The test figures beside what needs no model, the matrix, and where everything lies."""
+    test, base = metrics["test"], metrics["baselines"]
+    heading(f"Test: {test['rows']} rows that were read once, after training")
+    names = {
+        "this model": test,
+        "words counted (naive Bayes)": base["word_counts"],
+        "always the commonest class": base["majority"],
+    }
+    figures = [[n, f"{m['accuracy']:.1%}", f"{m['macro_f1']:.3f}", f"{m['loss']:.3f}"] for n, m in names.items()]
+    table(["", "accuracy", "macro F1", "loss"], figures, right=["accuracy", "macro F1", "loss"])
+    print()
+    answers = [f"answered {label}" for label in test["labels"]]
+    rows = [
+        [f"is {label}", *test["confusion"][i], *(f"{test['per_class'][label][key]:.1%}" for key in ("precision", "recall"))]
+        for i, label in enumerate(test["labels"])
+    ]
+    table(["", *answers, "precision", "recall"], rows, right=[*answers, "precision", "recall"])
+    train = metrics["train"]
+    heading("Done")
+    size = sum(p.stat().st_size for p in (run.output / "adapter").glob("*.safetensors"))
+    pairs(
+        {
+            "kept": f"epoch {train['best_epoch']}",
+            "took": f"{seconds:.0f} s, {train['seconds']:.0f} s of it training, {train['tokens_per_second']:,.0f} tokens/s, "
+            f"{train['peak_memory_bytes'] / 2**30:.1f} GiB at most",
+            "adapter": f"{run.output / 'adapter'} ({size / 2**20:.1f} MiB; loaded again and compared: equal to "
+            f"{metrics['read_back']['largest_difference']:.0e})",
+            "figures": run.output / "metrics.json",
+            "test rows": run.output / "predictions.csv",
+            "split": run.output / "data",
+            "recipe": run.output / "recipe.yaml",
+        }
+    )
+    console().print(f'\nTry it:  afina predict {run.output} --text "..."', markup=False)

@@ -1,0 +1,210 @@
+"""The recipe: everything a run is made from, as a person writes it and as a run folder keeps it.
+
+An option is documented once, beside its field; the command line takes its help and limits from here. All that is wrong
+with a recipe is raised together, each option named as it was typed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from afina.core.config import AdapterConfig, check_limits, option
+from afina.errors import ConfigError, Problems, did_you_mean
+
+__all__ = ["DataOptions", "Recipe", "TrainingOptions", "parse_value", "read_recipe"]
+
+DEFAULT_MODEL = "minilm"
+TASKS = ("sequence_classification",)
+# Where the command line's defaults for a method differ from the library's, which are PEFT's.
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "lora": {"target_modules": "all-linear"},
+    "dora": {"target_modules": "all-linear"},
+}
+LEARNING_RATES = {"last_layers": 1e-4, "prompt_tuning": 1e-2, "p_tuning": 1e-2, "prefix_tuning": 1e-2}
+DEFAULT_LEARNING_RATE = 1e-3
+# Options whose text on the command line may be a list of names: `target_modules=query,value`.
+LISTS = {
+    "exclude_modules", "feedforward_modules", "layers_to_transform", "modules_to_save", "target_modules",
+    "target_parameters", "target_scope", "token_indices", "trainable_token_indices",
+}  # fmt: skip
+NOT_IN_RECIPES = {f.name for f in dataclasses.fields(AdapterConfig)} | {"fan_in_fan_out"}
+
+
+@dataclasses.dataclass
+class DataOptions:
+    """Where the examples are."""
+
+    file: str = option("", "CSV file with a header row")
+    text: str = option("", "column of the text")
+    label: str = option("", "column of the label")
+    validation: float = option(0.1, "share of rows that choose the best epoch", low=0.01, high=0.5)
+    test: float = option(0.2, "share of rows that are read once, at the end", low=0.01, high=0.5)
+
+
+@dataclasses.dataclass
+class TrainingOptions:
+    """How to train."""
+
+    epochs: int = option(5, "passes over the training rows", low=1)
+    batch_size: int = option(16, "rows of one step, over all processes", low=1)
+    gradient_accumulation: int = option(1, "parts a step is computed in, to save memory; changes no result", low=1)
+    learning_rate: float | None = option(None, "peak learning rate; None: what suits the method", low=1e-9)
+    warmup: float = option(0.1, "share of steps in which the learning rate rises", low=0.0, high=1.0)
+    weight_decay: float = option(0.01, "decay of matrices; vectors have none", low=0.0)
+    max_grad_norm: float = option(1.0, "longer gradients are cut to this length", low=1e-9)
+    max_length: int | None = option(None, "tokens of a text; None: the longest, up to what the model can take", low=2)
+    max_truncated: float = option(0.3, "largest share of texts that may be cut off", low=0.0, high=1.0)
+    precision: str = option("auto", "of the arithmetic", choices=("auto", "fp32", "bf16", "fp16"))
+    best: str = option("macro_f1", "what chooses the epoch that is kept", choices=("macro_f1", "accuracy", "loss"))
+    seed: int = option(0, "of the split, the new weights and the order of rows", low=0)
+
+
+@dataclasses.dataclass
+class Recipe:
+    """A whole run."""
+
+    task: str = option("sequence_classification", "what a row means", choices=TASKS)
+    model: str = option(DEFAULT_MODEL, "minilm (shipped with afina[demo]), a folder, or a hub id")
+    data: DataOptions = option(None, "the examples", factory=DataOptions)
+    method: dict[str, Any] = option(None, "name of the method, and its options", factory=lambda: {"name": "lora"})
+    training: TrainingOptions = option(None, "how to train", factory=TrainingOptions)
+
+    def check(self, problems: Problems, spell: Callable[[str], str] = str) -> Any:
+        """Resolve what was left open and add everything that is wrong; returns the method's configuration, or None."""
+        from afina.core.registry import get_method
+
+        check_limits(self, problems, spell)
+        check_limits(self.data, problems, lambda name: spell(f"data.{name}"))
+        check_limits(self.training, problems, lambda name: spell(f"training.{name}"))
+        name = str(self.method.get("name", ""))
+        try:
+            method = get_method(name)
+        except ConfigError as error:
+            problems.add(f"{spell('method.name')}: {error}")
+            return None
+        if self.training.learning_rate is None:
+            self.training.learning_rate = LEARNING_RATES.get(name, DEFAULT_LEARNING_RATE)
+        if self.training.batch_size < self.training.gradient_accumulation:
+            problems.add(
+                f"{spell('training.gradient_accumulation')}={self.training.gradient_accumulation}: a step of "
+                f"{self.training.batch_size} rows ({spell('training.batch_size')}) has no more parts than that"
+            )
+        given = {k: v for k, v in self.method.items() if k != "name"}
+        fields = {f.name for f in dataclasses.fields(method.config)}
+        unknown = [key for key in given if key not in fields]
+        for key in unknown:
+            known = fields - NOT_IN_RECIPES
+            near = did_you_mean(key, known)
+            problems.add(f"{spell(f'method.{key}')} is no option of {name}.{near} See `afina methods {name}`.")
+        if unknown:
+            return None
+        try:
+            return method.make_config(**{**METHOD_DEFAULTS.get(name, {}), **given, "task_type": "SEQ_CLS"})
+        except ConfigError as error:
+            problems.add(str(error))
+            return None
+
+    def resolve_method(self, config: AdapterConfig) -> None:
+        """Write every option of the method that says something, so that the recipe alone repeats the run."""
+        values = {k: v for k, v in config.to_dict().items() if k not in NOT_IN_RECIPES and k != "peft_type"}
+        values = {k: v for k, v in values.items() if v is not None and v != {} and v != []}
+        self.method = {"name": self.method["name"], **values}
+
+    def to_yaml(self) -> str:
+        """The recipe as a file."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True, width=120)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """A recipe from a YAML file; raises ConfigError with every key that is unknown or of the wrong type."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no recipe {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    problems = Problems(str(path))
+    if not isinstance(content, Mapping):
+        start = f"model: {DEFAULT_MODEL}\ndata:\n  file: rows.csv"
+        raise ConfigError(f"{path} holds no recipe; it begins, for example, with\n{start}")
+    recipe: Recipe = _filled(Recipe, content, "", problems)
+    problems.raise_as(ConfigError)
+    return recipe
+
+
+def _filled(cls: type, content: Mapping[str, Any], above: str, problems: Problems) -> Any:
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        where = f"{above}{key}"
+        if key not in hints:
+            problems.add(f"{where} is no key of a recipe.{did_you_mean(str(key), hints)}")
+        elif dataclasses.is_dataclass(hints[key]):
+            if isinstance(value, Mapping):
+                values[key] = _filled(hints[key], value, f"{where}.", problems)  # type: ignore[arg-type]
+            else:
+                problems.add(f"{where}={value!r}: expected the keys {', '.join(typing.get_type_hints(hints[key]))} below it")
+        elif key == "method":
+            values[key] = {"name": value} if isinstance(value, str) else value
+            if not isinstance(values[key], Mapping) or "name" not in values[key]:
+                problems.add("method: expected a name, such as lora, or the key name and the method's options below it")
+                del values[key]
+        else:
+            try:
+                values[key] = parse_value(value, hints[key])
+            except ValueError as error:
+                problems.add(f"{where}={value!r}: {error}")
+    return cls(**values)
+
+
+def parse_value(value: Any, hint: Any, *, several: bool = False) -> Any:
+    """A value typed on the command line or in a file, as the type its field is declared with.
+
+    `several`: text may be a list of names separated by commas. Raises ValueError saying what was expected.
+    """
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    kinds = typing.get_args(hint) if union else (hint,)
+    if isinstance(value, str) and str not in kinds:
+        value = _from_text(value, several)
+    if value is None and type(None) in kinds:
+        return None
+    if Any in kinds:
+        return value
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a table {name: value}"}
+    for kind in kinds:
+        plain = typing.get_origin(kind) or kind
+        if plain is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if plain is str and isinstance(value, str | int | float):
+            return str(value)
+        if isinstance(plain, type) and isinstance(value, plain) and (plain is not int or not isinstance(value, bool)):
+            return value
+    expected = [names[plain] for kind in kinds if (plain := typing.get_origin(kind) or kind) in names]
+    raise ValueError(f"expected {' or '.join(expected) or hint}")
+
+
+def _from_text(text: str, several: bool) -> Any:
+    """A number, a list of names or numbers where several may be meant, or what YAML makes of the text."""
+    if text.lstrip("+-").isdigit():
+        return [int(text)] if several else int(text)
+    try:
+        return float(text)  # YAML 1.1 reads 1e-3 as text
+    except ValueError:
+        pass
+    words = [word.strip() for word in text.split(",")]
+    if several and all(word.isdigit() for word in words):
+        return [int(word) for word in words]
+    if several and text != "all-linear" and all(re.fullmatch(r"[A-Za-z_][\w.-]*", word) for word in words):
+        return None if text.lower() in ("null", "none") else words
+    try:
+        return None if text.lower() == "none" else yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
