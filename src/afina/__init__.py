@@ -12,13 +12,18 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "afina.model": (
+    "afina.auto": (
         "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction",
         "AutoPeftModelForQuestionAnswering", "AutoPeftModelForSeq2SeqLM", "AutoPeftModelForSequenceClassification",
-        "AutoPeftModelForTokenClassification", "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction",
-        "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification",
-        "PeftModelForTokenClassification", "get_peft_config", "get_peft_model", "get_peft_model_state_dict",
-        "inject_adapter_in_model", "prepare_model_for_kbit_training", "set_peft_model_state_dict",
+        "AutoPeftModelForTokenClassification",
+    ),
+    "afina.functions": (
+        "get_peft_config", "get_peft_model", "get_peft_model_state_dict", "inject_adapter_in_model",
+        "prepare_model_for_kbit_training", "set_peft_model_state_dict",
+    ),
+    "afina.model": (
+        "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering",
+        "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification", "PeftModelForTokenClassification",
     ),
     "afina.core.config": ("TaskType",),
     "afina.core.adapter": ("Adapter", "Delta", "Replacement", "Rotation", "Scale"),

@@ -42,13 +42,7 @@ from afina.errors import (
 )
 
 __all__ = [
-    "AutoPeftModel",
-    "AutoPeftModelForCausalLM",
-    "AutoPeftModelForFeatureExtraction",
-    "AutoPeftModelForQuestionAnswering",
-    "AutoPeftModelForSeq2SeqLM",
-    "AutoPeftModelForSequenceClassification",
-    "AutoPeftModelForTokenClassification",
+    "MODEL_TYPES",
     "PeftModel",
     "PeftModelForCausalLM",
     "PeftModelForFeatureExtraction",
@@ -56,12 +50,6 @@ __all__ = [
     "PeftModelForSeq2SeqLM",
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
-    "get_peft_config",
-    "get_peft_model",
-    "get_peft_model_state_dict",
-    "inject_adapter_in_model",
-    "prepare_model_for_kbit_training",
-    "set_peft_model_state_dict",
 ]
 
 logger = logging.getLogger("afina")
@@ -456,7 +444,7 @@ class PeftModel(nn.Module):
         config = config or AdapterConfig.from_pretrained(model_id, subfolder=subfolder, **hub)
         config = _with(config, inference_mode=not is_trainable)
         if not autocast_adapter_dtype:
-            config.autocast_adapter_dtype = False  # type: ignore[attr-defined]
+            config.autocast_adapter_dtype = False  # type: ignore[attr-defined,union-attr]
         state = checkpoint.read_state(model_id, subfolder, **hub)
         extra = checkpoint.read_extra(model_id, subfolder, **hub)
         _check_tokenizer(extra, tokenizer, source, strict)
@@ -468,7 +456,7 @@ class PeftModel(nn.Module):
                 self._load_encoder(adapter_name, config, model_id, subfolder, hub, is_trainable)
             expected = checkpoint.adapter_state(self.adapters, adapter_name)
             place_embeddings(self.adapters, state, expected)
-            report = checkpoint.assign(state, expected, source, strict=strict, layers=_paths(self.adapters))
+            report = checkpoint.assign(state, expected, source, strict=strict, layers=self.adapters.paths)
             self._check_base(extra, report.renamed, source, strict)
         except Exception:
             self.adapters.remove(adapter_name)
@@ -660,190 +648,3 @@ def _check_tokenizer(extra: dict[str, Any], tokenizer: Any, source: str, strict:
         if strict:
             raise BaseMismatchError(message)
         logger.warning(message)
-
-
-# --- functions
-
-
-def get_peft_model(
-    model: nn.Module, peft_config: AdapterConfig, adapter_name: str = "default", autocast_adapter_dtype: bool = True, **_: Any
-) -> PeftModel:
-    """The model with freshly initialised adapters around the layers that `peft_config` means; all else is frozen.
-
-    The model is changed in place. Raises TargetError, ConfigError or AlreadyAdaptedError before anything is changed.
-    """
-    if not isinstance(peft_config, AdapterConfig):
-        raise ConfigError(f"peft_config is a {type(peft_config).__name__}; expected a configuration such as LoraConfig()")
-    cls = MODEL_TYPES.get(str(peft_config.task_type), PeftModel)
-    return cls(model, peft_config, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-
-
-def inject_adapter_in_model(
-    peft_config: AdapterConfig, model: nn.Module, adapter_name: str = "default", **_: Any
-) -> nn.Module:
-    """The model itself, with adapters inside and no wrapper around it; a second call adds a second adapter, active too."""
-    if method_for(peft_config).kind == "prompt":
-        raise ConfigError(f"{type(peft_config).__name__} acts on the whole model, so it cannot be injected; use get_peft_model")
-    adapters = AdapterSet.of(model) or AdapterSet(model)
-    try:
-        adapters.add(adapter_name, peft_config)
-    except Exception:
-        if not adapters.configs:
-            adapters.unload()
-        raise
-    adapters.set_active((*adapters.active, adapter_name), trainable=not peft_config.inference_mode)
-    model.peft_config = adapters.configs  # type: ignore[assignment]
-    return model
-
-
-def _adapters_of(model: nn.Module) -> AdapterSet:
-    if isinstance(model, PeftModel):
-        return model.adapters
-    found = AdapterSet.of(model)
-    if found is None:
-        raise ConfigError(f"this {type(model).__name__} has no adapters; use get_peft_model or inject_adapter_in_model")
-    return found
-
-
-def get_peft_model_state_dict(
-    model: nn.Module, state_dict: dict[str, torch.Tensor] | None = None, adapter_name: str = "default", **_: Any
-) -> dict[str, torch.Tensor]:
-    """Tensors of one adapter under their keys in PEFT's files; values from `state_dict` (names of the live model) where
-    it is given, for example gathered from shards."""
-    live = checkpoint.adapter_state(_adapters_of(model), adapter_name)
-    if state_dict is None:
-        return {key: tensor.detach() for key, tensor in live.items()}
-    names = {id(p): n for n, p in model.named_parameters()}
-    return {key: state_dict.get(names.get(id(tensor), ""), tensor.detach()) for key, tensor in live.items()}
-
-
-def set_peft_model_state_dict(
-    model: nn.Module, peft_model_state_dict: dict[str, torch.Tensor], adapter_name: str = "default", **_: Any
-) -> checkpoint.LoadReport:
-    """Put tensors under PEFT's keys into a live adapter; returns which keys fitted and which did not."""
-    adapters = _adapters_of(model)
-    expected = checkpoint.adapter_state(adapters, adapter_name)
-    return checkpoint.assign(peft_model_state_dict, expected, "the state dict", strict=False, layers=_paths(adapters))
-
-
-def _paths(adapters: AdapterSet) -> list[str]:
-    return [key.split("#")[0] for key in adapters.layers]
-
-
-def get_peft_config(config_dict: dict[str, Any]) -> AdapterConfig:
-    """The configuration that a table of options means; its class is found by `peft_type`."""
-    from afina.core.config import config_from_dict
-
-    return config_from_dict(config_dict)
-
-
-def prepare_model_for_kbit_training(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: dict[str, Any] | None = None
-) -> Any:
-    """Freeze a quantised base and turn on gradient checkpointing.
-
-    Nothing is cast to float32: adapters keep their own float32 parameters and norms of transformers compute in float32
-    where they need it, so a blanket cast of embeddings and head would cost memory for nothing (T33).
-    """
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    if use_gradient_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
-    return model
-
-
-# --- loading base and adapter together
-
-
-class AutoPeftModel:
-    """Loads the base model that an adapter names, and the adapter around it."""
-
-    auto_class: ClassVar[str] = "AutoModel"
-    task: ClassVar[str | None] = None
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        adapter_name: str = "default",
-        is_trainable: bool = False,
-        config: AdapterConfig | None = None,
-        revision: str | None = None,
-        base_model: str | Path | None = None,
-        **kwargs: Any,
-    ) -> PeftModel:
-        """Base and adapter; `base_model` names the base where it has moved, other keywords go to its `from_pretrained`."""
-        import transformers
-
-        source = pretrained_model_name_or_path
-        read = config or AdapterConfig.from_pretrained(source, revision=revision)
-        path = str(base_model or read.base_model_name_or_path or "")
-        if not path:
-            raise ConfigError(f"{source} does not say which base it belongs to; give base_model=..., a folder or hub id")
-        if read.task_type and cls.task and read.task_type != cls.task:
-            raise ConfigError(f"{source} is an adapter for {read.task_type}; {cls.__name__} loads {cls.task}")
-        auto: Any = getattr(transformers, cls.auto_class)
-        if cls is AutoPeftModel and read.task_type:
-            auto = getattr(transformers, AUTO_CLASSES[read.task_type])
-        elif cls is AutoPeftModel and (name := (read.auto_mapping or {}).get("base_model_class")):
-            auto = getattr(transformers, name, None)
-            if auto is None:  # no module that a file names is imported
-                raise ConfigError(f"{source} belongs to a {name}, which transformers has not; load it with PeftModel")
-        state = checkpoint.read_state(source, revision=revision)
-        if "num_labels" not in kwargs and (labels := _head_rows(state)) is not None:
-            kwargs["num_labels"] = labels
-        base = auto.from_pretrained(path, revision=read.revision, **kwargs)
-        return PeftModel.from_pretrained(base, source, adapter_name, is_trainable, config=read, revision=revision)
-
-
-def _head_rows(state: dict[str, torch.Tensor]) -> int | None:
-    """How many labels the stored head has: rows of its last matrix."""
-    ends = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
-    return next((t.shape[0] for k, t in state.items() if k.endswith(ends)), None)
-
-
-class AutoPeftModelForCausalLM(AutoPeftModel):
-    """For adapters of decoders that write text."""
-
-    auto_class, task = "AutoModelForCausalLM", "CAUSAL_LM"
-
-
-class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
-    """For adapters of encoder-decoders."""
-
-    auto_class, task = "AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM"
-
-
-class AutoPeftModelForSequenceClassification(AutoPeftModel):
-    """For adapters of sequence classifiers."""
-
-    auto_class, task = "AutoModelForSequenceClassification", "SEQ_CLS"
-
-
-class AutoPeftModelForTokenClassification(AutoPeftModel):
-    """For adapters of token classifiers."""
-
-    auto_class, task = "AutoModelForTokenClassification", "TOKEN_CLS"
-
-
-class AutoPeftModelForQuestionAnswering(AutoPeftModel):
-    """For adapters of extractive question answering."""
-
-    auto_class, task = "AutoModelForQuestionAnswering", "QUESTION_ANS"
-
-
-class AutoPeftModelForFeatureExtraction(AutoPeftModel):
-    """For adapters of encoders."""
-
-    auto_class, task = "AutoModel", "FEATURE_EXTRACTION"
-
-
-AUTO_CLASSES = {
-    cls.task: cls.auto_class
-    for cls in (
-        AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM, AutoPeftModelForSequenceClassification,
-        AutoPeftModelForTokenClassification, AutoPeftModelForQuestionAnswering, AutoPeftModelForFeatureExtraction,
-    )
-    if cls.task
-}  # fmt: skip

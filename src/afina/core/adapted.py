@@ -13,7 +13,7 @@ from torch import nn
 
 from afina.core.adapter import Adapter, Base, Chain
 from afina.core.layers import LayerView, ParameterView, view_of
-from afina.core.runtime import Rows, Runtime, State
+from afina.core.runtime import Rows, Runtime
 from afina.errors import MergeError
 
 __all__ = ["AdaptedLayer"]
@@ -35,7 +35,7 @@ class AdaptedLayer(nn.Module):
         self.merged: tuple[str, ...] = ()
         self._kept: dict[str, Any] | None = None  # the stored form from before a merge
         self._kept_layer: nn.Module | None = None  # the layer from before a merge that put a module in its place
-        self.first = _first_argument(type(base_layer))
+        self.first = _first_argument(type(base_layer))  # type: ignore[arg-type]
         self.training = base_layer.training
 
     def __getattr__(self, name: str) -> Any:
@@ -74,14 +74,14 @@ class AdaptedLayer(nn.Module):
             return self.base_layer(*args, **kwargs)
         if state.rows is not None:
             return self._forward_rows(state.rows, args, kwargs)
-        return self._forward_stack(state, args, kwargs)
+        return self._forward_stack(state.active, args, kwargs)
 
-    def _forward_stack(self, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        held, merged = self.adapters._modules, self.merged
+    def _forward_stack(self, active: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        held, merged = self._modules["adapters"]._modules, self.merged  # type: ignore[union-attr]
         x: Any = None
         base: Base | None = None
         top: Any = None
-        for name in state.active:
+        for name in active:
             adapter = held.get(name)
             if adapter is None or name in merged:
                 continue
@@ -105,7 +105,7 @@ class AdaptedLayer(nn.Module):
         if not args and self.first in kwargs:
             kwargs = dict(kwargs)
             args = (kwargs.pop(self.first),)
-        return (args[0] if args else None), Base(self.view, self.base_layer, args[1:], kwargs)
+        return (args[0] if args else None), Base(self.view, self._modules["base_layer"], args[1:], kwargs)  # type: ignore[arg-type]
 
     def _forward_rows(self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A batch whose rows use different adapters: each group of rows goes its own way."""

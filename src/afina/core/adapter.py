@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from afina.core.dropout import drop
 from afina.core.layers import LayerView
 from afina.errors import MergeError
 
@@ -36,11 +37,6 @@ Weights = tuple[torch.Tensor, torch.Tensor | None]
 def cast(parameter: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The parameter in the dtype of an activation."""
     return parameter if parameter.dtype == like.dtype else parameter.to(like.dtype)
-
-
-def drop(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
-    """Dropout, without a call when there is nothing to drop."""
-    return nn.functional.dropout(x, p) if training and p > 0.0 else x
 
 
 class Base:
@@ -72,6 +68,10 @@ class Base:
             self.dtype = y.dtype
         return y
 
+    def product(self) -> Weights | None:
+        """Weight and bias where calling the base is no more than multiplying by them; see `LayerView.product`."""
+        return self.view.product() if self.below is None and self.call is self.view.layer else None
+
     def weights(self) -> Weights:
         """Canonical weight and bias of the layer with every adapter below merged."""
         if self.below is None:
@@ -101,7 +101,7 @@ class Adapter(nn.Module):
     mergeable: bool = True
     identity_at_init: ClassVar[bool] = True
     mixes_rows: ClassVar[bool] = True  # may be one of several adapters in a mixed batch
-    checkpoint_keys: ClassVar[dict[str, str]] = {}  # parameter name -> name in PEFT's files, where they differ
+    checkpoint_keys: dict[str, str] = {}  # parameter name -> name in PEFT's files, where they differ
 
     def __init__(
         self,
@@ -118,6 +118,10 @@ class Adapter(nn.Module):
         self.build(config)
         if initialise and self.device.type != "meta":
             self.reset(config)
+
+    if TYPE_CHECKING:  # parameters are registered by name
+
+        def __getattr__(self, name: str) -> Any: ...
 
     # --- where it goes
 

@@ -87,17 +87,17 @@ class BitsAndBytesInt8(WeightCodec):
 
     name = "bitsandbytes int8"
 
-    def matches(self, layer: nn.Module) -> bool:
-        return _is(layer, "Linear8bitLt") and not layer.state.has_fp16_weights  # type: ignore[union-attr]
+    def matches(self, layer: Any) -> bool:
+        return _is(layer, "Linear8bitLt") and not layer.state.has_fp16_weights
 
-    def read(self, layer: nn.Module) -> torch.Tensor:
+    def read(self, layer: Any) -> torch.Tensor:
         weight, state = layer.weight, layer.state
         if weight.dtype != torch.int8:  # not quantised yet: bitsandbytes does it on the first move to a device
             return weight
         scale = weight.SCB if weight.SCB is not None else state.SCB  # the first forward moves it into the state
         return weight.data.float() * (scale.float()[:, None] / 127.0)
 
-    def write(self, layer: nn.Module, weight: torch.Tensor) -> None:
+    def write(self, layer: Any, weight: torch.Tensor) -> None:
         import bitsandbytes as bnb
 
         old, half = layer.weight, weight.detach().to("cpu", torch.float16)
@@ -116,17 +116,17 @@ class BitsAndBytes4Bit(WeightCodec):
 
     name = "bitsandbytes 4-bit"
 
-    def matches(self, layer: nn.Module) -> bool:
+    def matches(self, layer: Any) -> bool:
         return _is(layer, "Linear4bit")
 
-    def prepare(self, layer: nn.Module) -> None:
+    def prepare(self, layer: Any) -> None:
         layer.support_avx512bf16_for_cpu = False
         state = layer.weight.quant_state
         if state is not None and getattr(state, "packing_format_for_cpu", False):
             layer.weight.data, state = self._unpacked(layer.weight.data, state)
             layer.weight.quant_state = layer.quant_state = state
 
-    def read(self, layer: nn.Module) -> torch.Tensor:
+    def read(self, layer: Any) -> torch.Tensor:
         import bitsandbytes.functional as bnb
 
         data, state = layer.weight.data, layer.weight.quant_state or layer.quant_state
@@ -147,7 +147,7 @@ class BitsAndBytes4Bit(WeightCodec):
         state.absmax = scales
         return data, state
 
-    def write(self, layer: nn.Module, weight: torch.Tensor) -> None:
+    def write(self, layer: Any, weight: torch.Tensor) -> None:
         import bitsandbytes as bnb
 
         old = layer.weight

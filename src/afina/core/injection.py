@@ -20,6 +20,7 @@ from afina.core.registry import get_method, method_for
 from afina.core.runtime import BASE_ROW, Rows, Runtime, State, replayed
 from afina.core.targets import ModuleMap, compact_names
 from afina.core.ties import tied_groups, tied_names
+from afina.core.vocabulary import rows_of_checkpoint
 from afina.errors import AdapterNameError, MergeError, Problems, TargetError, did_you_mean, shortened
 
 __all__ = ["AdapterSet", "Injected", "new_modules"]
@@ -67,6 +68,11 @@ class AdapterSet:
     def forget_map(self) -> None:
         """Look at the structure again: modules of the base were replaced."""
         self._map = None
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of the modules that are wrapped, in the names of the bare model."""
+        return [key.split("#")[0] for key in self.layers]
 
     # --- putting adapters in
 
@@ -144,6 +150,12 @@ class AdapterSet:
             plan += method.adapter.placements(self.map, config, strict=strict)
         saved = self.map.saved_names(config.modules_to_save, problems, strict=strict and method.kind == "prompt")
         tie = getattr(config, "ensure_weight_tying", False)
+        for placement in [p for p in plan if tie and p.shares is None and p.parameter is None]:
+            if alone := set(tied_names(self.map, placement.path)) - {p.path for p in plan}:
+                problems.add(
+                    f"ensure_weight_tying=True: {placement.adapter.__name__} on {placement.path} cannot be tied to "
+                    f"{shortened(sorted(alone))}; LoRA, trainable tokens and modules_to_save can"
+                )
         for path in saved:
             others = [n for n in tied_names(self.map, path) if n != path]
             if others and not tie and strict and not set(others) <= set(saved):
@@ -414,17 +426,32 @@ def new_modules(modules: ModuleMap) -> list[str]:
     """Modules whose weights were not in the checkpoint the model was loaded from, outermost first.
 
     transformers marks every parameter that it loaded; a model that was made from a configuration has no marks, and
-    nothing is said of it.
+    nothing is said of it. A module that owns new parameters beside loaded ones is named as a whole; an output head that
+    was made anew when the vocabulary was resized is not new (its rows are stored as the vocabulary's are).
+    Raises TargetError for a new parameter of the model itself, which no module stands for.
     """
     loaded: Callable[[torch.Tensor], bool] = lambda p: bool(getattr(p, "_is_hf_initialized", False))  # noqa: E731
     marks = {name: loaded(p) for name, p in modules.model.named_parameters()}
     if not any(marks.values()) or all(marks.values()):
         return []
-    new = []
+    new: list[str] = []
     for path, module in modules.modules.items():
         names = [f"{path}.{n}" for n, _ in module.named_parameters()]
         fresh = [n for n in names if marks.get(n) is False]
         if names and len(fresh) == len([n for n in names if n in marks]) and fresh:
             if not any(path.startswith(f"{outer}.") for outer in new):
                 new.append(path)
+    owners = dict.fromkeys(name.rpartition(".")[0] for name, is_loaded in marks.items() if not is_loaded)
+    if "" in owners:
+        own = [name for name, is_loaded in marks.items() if not is_loaded and "." not in name]
+        raise TargetError(
+            f"{', '.join(own)} of {type(modules.model).__name__} was not in the checkpoint and belongs to no module, so it "
+            "cannot be saved with the adapter (T5): put it into a module of the model, or save the whole base with "
+            "save_pretrained and load that"
+        )
+    new += [o for o in owners if o in modules.modules and not any(o == n or o.startswith(f"{n}.") for n in new)]
+    output = getattr(modules.model, "get_output_embeddings", lambda: None)()
+    resized = [n for n in new if modules.modules[n] is output]
+    if resized and rows_of_checkpoint(modules.model) not in (None, output.weight.shape[0]):
+        new = [n for n in new if n not in resized]
     return new

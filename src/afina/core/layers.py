@@ -79,6 +79,17 @@ class LayerView:
 
     # --- using a weight the way this layer does
 
+    def product(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Canonical weight and bias where calling the layer is no more than `F.linear` with them: plain, frozen and whole
+        parameters, no hooks, no forward put in the place of its own. None where it may be more."""
+        layer = self.layer
+        if type(layer) is not nn.Linear or _watched(layer):
+            return None
+        weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+        if type(weight) is not nn.Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
+            return None
+        return weight, bias
+
     def prepare(self) -> None:
         """Make the layer ready to be adapted."""
         codec_of(self.layer).prepare(self.layer)
@@ -292,6 +303,12 @@ class ModuleView(LayerView):
         pass
 
 
+def _watched(layer: Any) -> bool:
+    """Whether calling the module does more than its class's forward: hooks, or another forward put in its place."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return bool(hooks) or "forward" in layer.__dict__ or nn.modules.module._has_any_global_hook()
+
+
 def is_norm(module: nn.Module) -> bool:
     """A normalisation layer: torch's own, or a class named so that holds a weight of one dimension."""
     if isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm | nn.modules.batchnorm._NormBase):
@@ -323,6 +340,6 @@ def view_of(layer: nn.Module, parameter: str | None = None) -> LayerView:
         n_in, n_out = layer.weight.shape
         return TransposedView(layer, n_in, n_out)
     if is_norm(layer):
-        n = layer.weight.shape[0]  # type: ignore[index,union-attr]
+        n = int(layer._parameters["weight"].shape[0])  # type: ignore[union-attr]
         return NormView(layer, n, n)
     return ModuleView(layer)

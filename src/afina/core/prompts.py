@@ -149,7 +149,7 @@ class PromptFeeder:
             if (kind := getattr(config, "_attn_implementation", None)) in plain:
                 config._attn_implementation = plain[kind]
 
-    def active(self) -> tuple[Any, Any] | tuple[None, None]:
+    def active(self) -> tuple[Any, Any]:
         """The active prompt and its configuration."""
         state = self.runtime.state
         if state.enabled:
@@ -303,7 +303,7 @@ class PromptFeeder:
                 "layers; this architecture is not supported"
             )
         for i, attention in enumerate(attentions):
-            config = getattr(attention, "config", None)
+            config: Any = getattr(attention, "config", None)
             kind = getattr(config, "_attn_implementation", None)
             if kind not in (*_PREFIXED, *_PREFIXED.values()):
                 raise TargetError(

@@ -74,7 +74,7 @@ class ModuleMap:
     @cached_property
     def width(self) -> int | None:
         """Width of the hidden states."""
-        config = getattr(self.model, "config", None)
+        config: Any = getattr(self.model, "config", None)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         for key in ("hidden_size", "d_model", "n_embd", "dim"):
             if isinstance(value := getattr(text, key, None), int):
@@ -289,8 +289,17 @@ def matches_any(entries: Any, name: str) -> bool:
 
 
 def compact_names(chosen: list[str], everything: Iterable[str]) -> list[str]:
-    """The shortest list of entries that means exactly the chosen modules: last names where these say it all."""
+    """A short list of entries that means exactly the chosen modules: for each the shortest end of its name that means
+    none but chosen ones."""
+    ends: dict[str, bool] = {}  # end of a name -> whether only chosen modules have it
     chosen_set = set(chosen)
-    leaves = {name.rsplit(".", 1)[-1] for name in chosen}
-    meant = {name for name in everything if name.rsplit(".", 1)[-1] in leaves}
-    return sorted(leaves) if meant == chosen_set else sorted(chosen)
+    for name in everything:
+        parts = name.split(".")
+        for i in range(len(parts)):
+            end = ".".join(parts[i:])
+            ends[end] = ends.get(end, True) and name in chosen_set
+    entries = set()
+    for name in chosen:
+        parts = name.split(".")
+        entries.add(next(end for i in reversed(range(len(parts))) if ends[end := ".".join(parts[i:])]))
+    return sorted(entries)

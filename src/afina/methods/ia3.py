@@ -36,8 +36,8 @@ class IA3Config(TargetedConfig):
         ff, target = self.feedforward_modules, self.target_modules
         if isinstance(ff, Iterable) and not isinstance(ff, str):
             self.feedforward_modules = ff = list(dict.fromkeys(ff))
-            if isinstance(target, list) and (extra := [name for name in ff if name not in target]):
-                problems.add(f"feedforward_modules has {extra}, which target_modules {target} has not")
+            if isinstance(target, list) and (extra := [name for name in ff if not matches_any(target, name)]):
+                problems.add(f"feedforward_modules has {extra}, which target_modules={target} does not name")
         if target is not None and ff is None:
             problems.add("feedforward_modules is missing: which of target_modules are feed-forward layers ([] for none)")
 
@@ -82,7 +82,9 @@ class IA3(Scale):
         paths = modules.select(config, cls.default_targets, strict=strict)
         if config.feedforward_modules is None:
             inner = set(modules.role("ff_down")) & set(paths)
-            config.feedforward_modules = compact_names(sorted(inner), paths)
+            config.feedforward_modules = compact_names(sorted(inner), modules.modules)
+            others = [path for path in paths if path not in inner]
+            config.target_modules = compact_names(others, modules.modules) + config.feedforward_modules
         inner = {p for p in paths if matches_any(config.feedforward_modules, p)}
         own = {True: replace(config, feedforward_modules="this"), False: config}
         return [Placement(path, cls, config=own[path in inner]) for path in paths]

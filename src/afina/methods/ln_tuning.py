@@ -33,7 +33,7 @@ class LNTuningConfig(TargetedConfig):
 )
 class LayerNormTuning(Replacement):
     kinds = frozenset({"norm", "linear", "conv", "embedding"})
-    checkpoint_keys: ClassVar[dict[str, str]] = {
+    checkpoint_keys: dict[str, str] = {
         "weight": "ln_tuning_layers.weight", "bias": "ln_tuning_layers.bias",
     }  # fmt: skip
 

@@ -15,15 +15,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from afina.core.adapter import Delta, Placement, cast, drop
+from afina.core.adapter import Adapter, Base, Delta, Placement, cast, drop
 from afina.core.config import TargetedConfig, option
+from afina.core.layers import view_of
+from afina.core.lowrank import can_fuse, low_rank_linear
 from afina.core.registry import register
 from afina.core.targets import ModuleMap, matches_any
+from afina.core.ties import tied_names
 from afina.errors import Problems, TargetError, did_you_mean
 from afina.methods.bitfit import Bias
 
@@ -83,7 +87,7 @@ class LoraConfig(TargetedConfig):
 )
 class LoRA(Delta):
     kinds = frozenset({"linear", "conv", "embedding", "parameter"})
-    checkpoint_keys: ClassVar[dict[str, str]] = {
+    checkpoint_keys: dict[str, str] = {
         "lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": "lora_B.bias",
     }  # fmt: skip
 
@@ -145,6 +149,20 @@ class LoRA(Delta):
         shift = self.delta_bias()
         return y if shift is None else y + view.per_feature(cast(shift, x), y)
 
+    def forward(self, x: torch.Tensor, base: Base) -> torch.Tensor:
+        product = base.product()
+        if product is None or not self._is_product or not can_fuse(x, product[0]):
+            return self.add_to(base(x), x)
+        factors, base.dtype = self._parameters, x.dtype
+        down, up = cast(factors["lora_A"], x), cast(factors["lora_B"], x)  # type: ignore[arg-type]
+        return low_rank_linear(x, *product, down, up, self.scaling, self.p if self.training else 0.0)
+
+    @cached_property
+    def _is_product(self) -> bool:
+        """Whether what is added is B A x and nothing else; not so for a subclass that changes it."""
+        same = all(getattr(type(self), name) is getattr(LoRA, name) for name in ("delta", "delta_weight", "add_to"))
+        return same and "lora_bias" not in self._parameters
+
     def add_to(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         if self.view.kind != "linear" or y.dtype != x.dtype or y.dim() < 2 or "lora_bias" in self._parameters:
             return super().add_to(y, x)
@@ -162,13 +180,31 @@ class LoRA(Delta):
             paths: list[str] = []
         else:
             paths = modules.select(config, cls.default_targets, strict=strict)
-        plan = [Placement(path, cls) for path in paths]
+        plan = cls._tied(modules, paths) if config.ensure_weight_tying else [Placement(path, cls) for path in paths]
         for path, name in parameters:
             plan.append(Placement(path, cls, parameter=name, config=config.for_module(f"{path}.{name}")))
         if config.bias != "none":
             plan += [Placement(path, WrappedBias) for path in paths if WrappedBias.fits(modules, path)]
         if config.bias == "all":
             plan += [p for p in Bias.everywhere(modules, config) if p.path not in set(paths)]
+        return plan
+
+    @classmethod
+    def _tied(cls, modules: ModuleMap, paths: list[str]) -> list[Placement]:
+        """Both sides of every tie, the embedding first: its factors serve the others too."""
+        plan: list[Placement] = []
+        for path in paths:
+            names = tied_names(modules, path)
+            if any(p.path == path for p in plan):
+                continue
+            tables = [n for n in names if view_of(modules.modules[n]).kind == "embedding"] or [path]
+            if cls is not LoRA and set(names) - set(tables) and len(names) > 1:
+                raise TargetError(
+                    f"ensure_weight_tying=True with use_dora=True: {' and '.join(names)} are tied, and a magnitude for each "
+                    "output of the one is none for the other; use LoRA there, or target one side"
+                )
+            plan.append(Placement(tables[0], cls))
+            plan += [Placement(n, cls if n in tables else TiedLoRA, shares=tables[0]) for n in names if n != tables[0]]
         return plan
 
     @staticmethod
@@ -189,7 +225,36 @@ class LoRA(Delta):
         return found
 
 
+class TiedLoRA(LoRA):
+    """The head's side of a tie: the factors of the embedding, transposed, so that both sides change by one matrix."""
+
+    def build(self, config: LoraConfig) -> None:
+        self.p = config.lora_dropout
+
+    def reset(self, config: LoraConfig) -> None:
+        pass
+
+    def share(self, other: Adapter) -> None:
+        assert isinstance(other, LoRA)
+        self.r, self.scaling, self.matrices = other.r, other.scaling, 1
+        self.table = (other,)  # in a tuple, since the embedding owns the parameters
+
+    @property
+    def lora_A(self) -> torch.Tensor:
+        return self.table[0].lora_B.T
+
+    @property
+    def lora_B(self) -> torch.Tensor:
+        return self.table[0].lora_A.T
+
+    def delta_weight(self) -> torch.Tensor:
+        return self.table[0].delta_weight().T
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+
+
 class WrappedBias(Bias):
     """The bias of a layer that has a LoRA as well; PEFT's files name it below `base_layer`."""
 
-    checkpoint_keys: ClassVar[dict[str, str]] = {"bias": "base_layer.bias"}
+    checkpoint_keys: dict[str, str] = {"bias": "base_layer.bias"}

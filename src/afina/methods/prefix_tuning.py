@@ -45,7 +45,7 @@ class PrefixTuning(Prompt):
     def shape(config: Any) -> tuple[int, int]:
         return config.num_virtual_tokens, config.num_layers * 2 * config.token_dim
 
-    def build(self, config: PrefixTuningConfig) -> None:
+    def build(self, config: Any) -> None:
         if not config.prefix_projection:
             super().build(config)
             return
