@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import linear
 
 from afina.core.dropout import keep_mask
 
@@ -32,55 +32,43 @@ def can_fuse(x: torch.Tensor, weight: torch.Tensor) -> bool:
 def low_rank_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: Optional, down: torch.Tensor, up: torch.Tensor, scale: float, p: float = 0.0
 ) -> torch.Tensor:
-    """x `[..., in]`, weight `[out, in]` and bias `[out]` (both frozen), down `[r, in]`, up `[out, r]`, one dtype; p is
-    the probability of dropout on the input of `down`. Returns `[..., out]`."""
+    """The output `[..., out]` for x `[..., in]`: weight `[out, in]` and bias `[out]`, both frozen, down `[r, in]`, up
+    `[out, r]`, all of one dtype; p is the probability of dropout on the input of `down`."""
     if torch.is_grad_enabled():
         return _LowRankLinear.apply(x, weight, bias, down, up, scale, p)  # type: ignore[no-any-return]
-    rows = _rows(x)
+    return _compute(x, weight, bias, down, up, scale, p)[0]
+
+
+def _compute(
+    x: torch.Tensor, weight: torch.Tensor, bias: Optional, down: torch.Tensor, up: torch.Tensor, scale: float, p: float
+) -> tuple[torch.Tensor, torch.Tensor, Optional, float]:
+    """The output, x A.T, which values of x dropout kept, and the scale with dropout's factor in it."""
+    rows, kept = _rows(x), None
     seen = rows
     if p > 0.0:
         kept, factor = keep_mask(rows, p)
-        seen, scale = _masked(rows, kept), scale * factor
-    y = F.linear(rows, weight, bias).addmm_(seen.mm(down.t()), up.t(), alpha=scale)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
-
-
-def _masked(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    return kept.view(torch.uint8).to(x.dtype).mul_(x)
+        seen, scale = _number(kept, x).mul_(rows), scale * factor
+    z = seen.mm(down.t())
+    y = linear(rows, weight, bias).addmm_(z, up.t(), alpha=scale)
+    return (y if x.dim() == 2 else y.view(*x.shape[:-1], -1)), z, kept, scale
 
 
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: Optional, down: torch.Tensor, up: torch.Tensor, scale: float,
-        p: float,
-    ) -> torch.Tensor:  # fmt: skip
-        rows = _rows(x)
-        kept, seen = None, rows
-        if p > 0.0:
-            kept, factor = keep_mask(rows, p)
-            seen, scale = _masked(rows, kept), scale * factor
-        z = seen.mm(down.t())
-        y = F.linear(rows, weight, bias).addmm_(z, up.t(), alpha=scale)
+    def forward(ctx: Any, x: torch.Tensor, *args: Any) -> torch.Tensor:
+        y, z, kept, ctx.scale = _compute(x, *args)
+        weight, _, down, up, _, _ = args
         into_x, _, _, into_down, into_up, _, _ = ctx.needs_input_grad
-        ctx.scale = scale
-        ctx.save_for_backward(
-            x if into_down or into_up else None,
-            weight if into_x else None,
-            down,
-            up,
-            z,
-            kept if into_x or into_down else None,
-        )
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
+        ctx.save_for_backward(x if into_down or into_up else None, weight if into_x else None, down, up, z, kept)
+        return y
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[Optional, ...]:
         x, weight, down, up, z, kept = ctx.saved_tensors
         into_x, _, _, into_down, into_up, _, _ = ctx.needs_input_grad
         g_rows = _rows(g)
-        mask = None if kept is None else kept.view(torch.uint8).to(g.dtype)
-        seen = x if x is None else _rows(x) if mask is None else _rows(x) * mask
+        mask = None if kept is None else _number(kept, g)
+        seen: Any = None if x is None else _rows(x) if mask is None else _rows(x) * mask
         d_x = d_down = d_up = None
         if into_up:
             if torch.is_grad_enabled():  # for a second derivative z must be part of the graph
@@ -98,3 +86,7 @@ class _LowRankLinear(torch.autograd.Function):
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _number(kept: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return kept.view(torch.uint8).to(like.dtype)  # much faster than from bool

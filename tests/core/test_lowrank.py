@@ -1,0 +1,206 @@
+"""The fused node is the plain formula: same output, first and second derivatives; and it stands back where it must."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+import afina
+from afina.core import lowrank
+from afina.core.dropout import drop, keep_mask
+from afina.core.lowrank import low_rank_linear
+
+SHAPES = [(5,), (3, 5), (0, 5), (2, 3, 5)]
+
+
+def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    torch.manual_seed(3)
+    return [torch.randn(*shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_it_is_the_plain_formula(shape: tuple[int, ...], with_bias: bool) -> None:
+    x, weight, down, up, bias = tensors(shape, (7, 5), (2, 5), (7, 2), (7,))
+    weight, bias = weight.detach(), bias.detach() if with_bias else None
+    plain = linear(x, weight, bias) + linear(linear(x, down), up) * 0.7
+    fused = low_rank_linear(x, weight, bias, down, up, 0.7)
+    with torch.no_grad():
+        torch.testing.assert_close(low_rank_linear(x, weight, bias, down, up, 0.7), plain)
+    torch.testing.assert_close(fused, plain)
+    g = torch.randn_like(plain)
+    expected, found = (torch.autograd.grad(y, (x, down, up), g) for y in (plain, fused))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_second_derivatives(p: float) -> None:
+    x, weight, down, up = tensors((3, 5), (7, 5), (2, 5), (7, 2))
+    weight = weight.detach()
+
+    def seeded(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)
+        return low_rank_linear(x, weight, None, down, up, 0.7, p)
+
+    assert torch.autograd.gradgradcheck(seeded, (x, down, up))
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (1, 2), (0, 2)], ids=str)
+def test_only_what_needs_a_gradient_gets_one(needed: tuple[int, ...]) -> None:
+    x, weight, down, up = tensors((3, 5), (7, 5), (2, 5), (7, 2))
+    inputs = [x, down, up]
+    for i, tensor in enumerate(inputs):
+        tensor.requires_grad_(i in needed)
+    low_rank_linear(x, weight.detach(), None, down, up, 0.7).sum().backward()
+    assert [i for i, tensor in enumerate(inputs) if tensor.grad is not None] == list(needed)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_dropout_acts_on_the_input_of_the_product_alone(grad: bool) -> None:
+    x, weight, down, up = tensors((11, 5), (7, 5), (2, 5), (7, 2))
+    weight = weight.detach()
+    torch.manual_seed(0)
+    kept, factor = keep_mask(x.detach(), 0.3)
+    expected = linear(x, weight) + linear(linear(x * kept * factor, down), up) * 0.7
+    torch.manual_seed(0)
+    with torch.set_grad_enabled(grad):
+        found = low_rank_linear(x, weight, None, down, up, 0.7, 0.3)
+    torch.testing.assert_close(found, expected)
+    if grad:
+        g = torch.randn_like(found)
+        gradients = [torch.autograd.grad(y, (x, down, up), g) for y in (expected, found)]
+        torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 1 - 1e-9, 1.0])
+@pytest.mark.parametrize("shape", [(101, 1009), (1,), (0,), (3, 1)], ids=str)
+def test_dropout_keeps_the_mean_and_drops_the_share(p: float, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(1)
+    x = torch.ones(shape)
+    y = drop(x, p, True)
+    assert y.shape == x.shape
+    assert bool(torch.isfinite(y).all())
+    if x.numel() > 1000 and 0.01 < p < 0.99:
+        share = float((y == 0).float().mean())
+        deviation = (p * (1 - p) / x.numel()) ** 0.5
+        assert abs(share - p) < 4 * deviation + 2**-16
+        assert float(y.max()) == pytest.approx(1 / (1 - p), rel=1e-4)
+        places = y.flatten()[: x.numel() // 4 * 4].view(-1, 4) == 0  # each of the four values that share one draw
+        assert float((places.float().mean(0) - p).abs().max()) < 8 * deviation
+    assert drop(x, p, False) is x
+    if p == 1.0:
+        assert not y.any()
+
+
+def test_bits_of_one_draw_are_independent() -> None:
+    torch.manual_seed(2)
+    kept, _ = keep_mask(torch.empty(1 << 18), 0.5)
+    correlation = torch.corrcoef(kept.view(-1, 4).T.double())
+    assert float((correlation - torch.eye(4)).abs().max()) < 0.02
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(5, 7)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.lin(x)
+
+
+def adapted(**options: Any) -> tuple[Any, nn.Module]:
+    torch.manual_seed(5)
+    model = afina.get_peft_model(Model(), afina.LoraConfig(r=2, target_modules=["lin"], init_lora_weights=False, **options))
+    return model, model.base_model.model.lin.base_layer
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts the uses of the fused node."""
+    from afina.methods import lora
+
+    made: list[int] = []
+
+    def counted(*args: Any) -> torch.Tensor:
+        made.append(1)
+        return low_rank_linear(*args)
+
+    monkeypatch.setattr(lora, "low_rank_linear", counted)
+    return made
+
+
+def test_a_plain_layer_is_fused(calls: list[int]) -> None:
+    model, _ = adapted()
+    model(torch.randn(3, 5))
+    assert calls
+
+
+def trained(base: nn.Module) -> None:
+    base.weight.requires_grad_(True)  # type: ignore[union-attr]
+
+
+def hooked(base: nn.Module) -> None:
+    base.register_forward_hook(lambda module, args, out: out * 1)
+
+
+def replaced(base: nn.Module) -> None:
+    base.forward = lambda x: linear(x, base.weight, base.bias)  # type: ignore[method-assign,arg-type]
+
+
+@pytest.mark.parametrize("change", [trained, hooked, replaced])
+def test_a_layer_that_may_do_more_is_called(change: Any, calls: list[int]) -> None:
+    model, base = adapted()
+    x = torch.randn(3, 5)
+    expected = model(x)
+    calls.clear()
+    change(base)
+    torch.testing.assert_close(model(x), expected)
+    assert not calls
+
+
+def test_under_autocast_and_functorch_it_stands_back(calls: list[int]) -> None:
+    model, _ = adapted()
+    x = torch.randn(3, 5)
+    whole = model(x)
+    calls.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16
+    torch.testing.assert_close(torch.func.vmap(model)(x), whole)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    gradients = torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).sum())(parameters)
+    assert not calls
+    model(x).sum().backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(gradients[name], parameter.grad)
+
+
+def test_a_method_built_on_lora_that_adds_something_else_is_not_fused(calls: list[int], monkeypatch: Any) -> None:
+    from afina.methods.lora import LoRA
+
+    class Other(LoRA):
+        def delta_weight(self) -> torch.Tensor:
+            return super().delta_weight() * 2
+
+    model, _ = adapted()
+    model.base_model.model.lin.adapters["default"].__class__ = Other
+    model(torch.randn(3, 5))
+    assert not calls
+
+
+def test_no_tensor_of_the_size_of_the_output_is_kept() -> None:
+    model, _ = adapted(lora_dropout=0.25)
+    x, kept = torch.randn(64, 5, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model.train()(x)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()} | {x.untyped_storage().data_ptr()}
+    extra = [t for t in kept if t is not None and t.untyped_storage().data_ptr() not in own]
+    assert sum(t.untyped_storage().nbytes() for t in extra) <= 64 * (2 * 4 + 5)  # A x, and one byte a value of x
+
+
+def test_can_fuse_needs_one_dtype() -> None:
+    assert lowrank.can_fuse(torch.randn(2, 3), torch.randn(4, 3))
+    assert not lowrank.can_fuse(torch.randn(2, 3).bfloat16(), torch.randn(4, 3))
