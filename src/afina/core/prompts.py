@@ -270,8 +270,8 @@ class PromptFeeder:
         from transformers import DynamicCache, EncoderDecoderCache
 
         past = kwargs.get("past_key_values")
-        if past is not None and past.get_seq_length() > 0:
-            return
+        if past is not None and past.get_seq_length() > 0 and kwargs.get("use_cache") is not False:
+            return  # without a cache, generation passes every token again, and back what it got as a cache
         if self.model.training and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules()):
             raise TrainingError(
                 f"prefix tuning of {type(self.model).__name__} hands its prefix over in a cache, and gradient "
