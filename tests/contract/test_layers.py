@@ -24,7 +24,8 @@ every_mergeable_case = pytest.mark.parametrize("case", MERGEABLE, ids=str)
 
 
 def close(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype = torch.float32) -> bool:
-    limit = TOLERANCE[dtype] * max(1.0, float(b.detach().abs().max()))
+    a, b = a.detach(), b.detach()
+    limit = TOLERANCE[dtype] * max(1.0, float(b.abs().max()))
     return bool((a.double() - b.double()).abs().max() <= limit)
 
 

@@ -128,7 +128,8 @@ class Adapter(nn.Module):
     @classmethod
     def default_targets(cls, modules: ModuleMap) -> list[str]:
         """Names of the layers to adapt where `target_modules` says nothing."""
-        return modules.roles("query", "value", "fused") or modules.role("linear") or modules.role("conv")
+        linear = modules.roles("query", "value", "fused") or modules.role("linear")
+        return linear or (modules.role("conv") if "conv" in cls.kinds else [])
 
     @classmethod
     def placements(cls, modules: ModuleMap, config: Any, *, strict: bool) -> list[Placement]:

@@ -150,6 +150,8 @@ class LoRA(Delta):
         return y if shift is None else y + view.per_feature(cast(shift, x), y)
 
     def forward(self, x: torch.Tensor, base: Base) -> torch.Tensor:
+        if torch.compiler.is_compiling():  # the compiler fuses by itself
+            return self.add_to(base(x), x)
         product = base.product()
         if product is None or not self._is_product or not can_fuse(x, product[0]):
             return self.add_to(base(x), x)
