@@ -55,3 +55,7 @@ def main() -> None:
         fail(str(error))
     except KeyboardInterrupt:
         fail("stopped")
+    except Exception as error:
+        if debug:
+            raise
+        fail(f"{type(error).__name__}: {error}\nThis was not expected; with --debug the command shows where it happened.")

@@ -45,10 +45,10 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Seque
     """A table on a terminal; elsewhere plain lines with the columns below each other."""
     out = console()
     if not out.is_terminal:
-        cells = [[str(cell) for cell in row] for row in (columns, *rows)]
+        cells: list[list[str]] = [[str(cell) for cell in row] for row in (columns, *rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        for row in cells:
-            fields = zip(row, widths, columns, strict=True)
+        for line in cells:
+            fields = zip(line, widths, columns, strict=True)
             print(f"  {'  '.join(c.rjust(w) if name in right else c.ljust(w) for c, w, name in fields)}".rstrip())
         return
     from rich.table import Table
@@ -74,6 +74,6 @@ def quiet() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    for name in ("transformers", "accelerate", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(transformers|huggingface_hub|accelerate|torch)(\.|$)")

@@ -68,8 +68,8 @@ def on_meta(architecture: Any, task: str, config: Any) -> Any:
     import torch
     import transformers
 
-    from afina.errors import ConfigError
     from afina.auto import AUTO_CLASSES
+    from afina.errors import ConfigError
     from afina.functions import get_peft_model
 
     auto = getattr(transformers, AUTO_CLASSES[task])

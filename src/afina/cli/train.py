@@ -10,6 +10,7 @@ import typer
 from afina.cli.show import console, heading, pairs, quiet, table
 
 if TYPE_CHECKING:
+    from afina.errors import Problems
     from afina.training.recipe import Recipe
     from afina.training.run import Run
 
@@ -22,7 +23,7 @@ PLACES = {
     "max_length": "training.max_length", "max_truncated": "training.max_truncated", "precision": "training.precision",
     "gradient_accumulation": "training.gradient_accumulation", "seed": "training.seed",
 }  # fmt: skip
-TYPED = {place: f"--{option.replace('_', '-')}" for option, place in PLACES.items()}
+TYPED = {place: f"--{option.replace('_', '-')}" for option, place in PLACES.items()} | {"output": "--output"}
 
 
 def train(
@@ -57,14 +58,18 @@ def train(
     afina train --data messages.csv --text message --label label --output runs/messages
     """
     given = {name: value for name, value in locals().items() if name in PLACES and value is not None}
-    recipe, output = assemble(given, list(arguments or []), output)
     import time
 
+    started = time.perf_counter()
     quiet()
+    from afina.errors import Problems
     from afina.training.run import prepare
 
-    started = time.perf_counter()
-    run = prepare(recipe, output, spell=lambda place: TYPED.get(place, place), overwrite=overwrite, resume=resume)
+    problems = Problems("afina train")
+    recipe = assemble(given, list(arguments or []), problems)
+    run = prepare(
+        recipe, output, spell=lambda place: TYPED.get(place, place), problems=problems, overwrite=overwrite, resume=resume
+    )
     show_plan(run)
     if dry_run:
         console().print("\nNothing was trained or written (--dry-run).")
@@ -74,14 +79,12 @@ def train(
     show_outcome(run, metrics, time.perf_counter() - started)
 
 
-def assemble(given: dict[str, Any], arguments: list[str], output: Path | None) -> tuple[Recipe, Path]:
-    """The recipe that a file and the options typed over it make; raises ConfigError with everything wrong in them."""
+def assemble(given: dict[str, Any], arguments: list[str], problems: Problems) -> Recipe:
+    """The recipe that a file and the options typed over it make; what cannot be understood is added to `problems`."""
     from afina.cli.assignments import method_options
-    from afina.core.registry import get_method
-    from afina.errors import ConfigError, Problems
+    from afina.core.registry import methods
     from afina.training.recipe import Recipe, read_recipe
 
-    problems = Problems("afina train")
     files = [a for a in arguments if a.endswith((".yaml", ".yml")) and "=" not in a]
     if len(files) > 1:
         problems.add(f"one recipe at a time: {', '.join(files)}")
@@ -93,20 +96,11 @@ def assemble(given: dict[str, Any], arguments: list[str], output: Path | None) -
                 recipe.method = {"name": value}
         else:
             setattr(getattr(recipe, section) if section else recipe, key, value)
-    try:
-        chosen = get_method(str(recipe.method["name"]))
+    chosen = methods().get(str(recipe.method["name"]))
+    if chosen is not None:  # else its name is a problem that the recipe's own check tells
         words = [a for a in arguments if a not in files]
         recipe.method.update(method_options(words, chosen.config, chosen.name, problems))
-    except ConfigError as error:
-        problems.add(f"--method: {error}")
-    if output is None:
-        problems.add("--output is missing: the folder to write the run into, for example --output runs/first")
-    for place in ("data.file", "data.text", "data.label"):
-        if problems.found and not getattr(recipe.data, place.split(".")[1]):
-            problems.add(f"{TYPED[place]} is missing")
-    problems.raise_as(ConfigError)
-    assert output is not None
-    return recipe, output
+    return recipe
 
 
 def show_plan(run: Run) -> None:
@@ -114,13 +108,15 @@ def show_plan(run: Run) -> None:
     recipe, model = run.recipe, run.model
     injected = model.adapters.injected["default"]
     trainable, total = model.get_nb_trainable_parameters()
-    new = f", {len(injected.new)} of them new ({', '.join(injected.new)})" if injected.new else ""
+    whole = f"{len(injected.saved)} trained whole" + (
+        f" ({', '.join(injected.saved)})" if 0 < len(injected.saved) < 7 else ""
+    )
     heading("Model")
     pairs(
         {
             "base": f"{recipe.model}, {type(model.get_base_model()).__name__}, {total:,} parameters",
             "method": " ".join(str(v) if k == "name" else f"{k}={v}" for k, v in short(recipe.method).items()),
-            "adapted": f"{len(injected.adapted)} layers; {len(injected.saved)} trained whole{new}; {frozen_layers(model)} frozen",
+            "layers": f"{len(injected.adapted)} adapted, {whole}, {frozen_layers(model)} frozen (see `afina targets`)",
             "trained": f"{trainable:,} parameters, {trainable / total:.2%} of all",
         }
     )
@@ -152,10 +148,11 @@ def show_plan(run: Run) -> None:
         }
     )
     options = recipe.training
+    steps = -(-len(run.splits["train"]) // options.batch_size)
     heading("Plan")
     pairs(
         {
-            "epochs": f"{options.epochs} of {-(-len(run.splits['train']) // options.batch_size)} steps, {options.batch_size} rows a step",
+            "epochs": f"{options.epochs} of {steps} steps, {options.batch_size} rows a step",
             "learning rate": f"{options.learning_rate:g} at its peak",
             "precision": run.precision + (" (trained weights stay fp32)" if run.precision != "fp32" else ""),
             "kept": f"the epoch with the best {options.best} on the validation rows",

@@ -39,7 +39,7 @@ def find_model(name: str) -> ModelSource:
         return ModelSource(name, str(folder), name)
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         near = did_you_mean(folder.name, [p.name for p in folder.parent.iterdir()]) if folder.parent.is_dir() else ""
-        raise ConfigError(f"model {name!r}: there is no such folder.{near}")
+        raise ConfigError(f"model {name!r}: there is no such folder.{near if 'Did you' in near else ''}")
     if not name.strip():
         raise ConfigError(f"model {name!r}: expected {MINILM}, a folder, or a hub id")
     return ModelSource(name, name, name)

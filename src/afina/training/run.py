@@ -42,17 +42,19 @@ _TOLERANCE = 1e-4  # of probabilities of the adapter read back, on the device an
 
 def prepare(
     recipe: Recipe,
-    output: Path,
+    output: Path | None,
     *,
     spell: Callable[[str], str] = str,
+    problems: Problems | None = None,
     overwrite: bool = False,
     resume: bool = False,
 ) -> Run:
     """Check the recipe, read and split the data, load and adapt the model. Nothing is written.
 
+    `spell` says how an option was typed; `problems` may hold what was found before.
     Raises ConfigError with everything wrong in the options, DataError with everything wrong in the file.
     """
-    problems = Problems("the recipe")
+    problems = problems or Problems("the recipe")
     config = recipe.check(problems, spell)
     table = None
     for key in ("file", "text", "label"):
@@ -80,8 +82,12 @@ def prepare(
         precision = choose_precision(recipe.training.precision, device)
     except ConfigError as error:
         problems.add(str(error).replace("precision=", f"{spell('training.precision')}=", 1))
-    _check_output(output, problems, overwrite=overwrite, resume=resume)
+    if output is None:
+        problems.add(f"{spell('output')} is missing: the folder to write the run into, for example runs/first")
+    else:
+        _check_output(output, problems, overwrite=overwrite, resume=resume)
     problems.raise_as(ConfigError)
+    assert output is not None
     assert table is not None
     assert source is not None
 
@@ -273,7 +279,8 @@ def _check_truncation(encoded: Encoded, recipe: Recipe, spell: Callable[[str], s
         )
         raise DataError(
             f"{encoded.truncated} of {len(encoded.ids)} texts ({share:.0%}) are longer than {encoded.max_length} tokens and "
-            f"would be cut off; {spell('training.max_truncated')} allows {recipe.training.max_truncated:.0%}: {cure}, or allow more"
+            f"would be cut off; {spell('training.max_truncated')} allows {recipe.training.max_truncated:.0%}: {cure}, or "
+            "allow more"
         )
 
 
