@@ -14,7 +14,7 @@ from torch import nn
 
 from afina.core.adapted import AdaptedLayer
 from afina.core.adapter import Adapter, Placement, SavedModule
-from afina.core.config import AdapterConfig, TargetedConfig, TaskType
+from afina.core.config import AdapterConfig, TargetedConfig, TaskType, name_matches
 from afina.core.layers import ParameterView, view_of
 from afina.core.registry import get_method, method_for
 from afina.core.runtime import BASE_ROW, Rows, Runtime, State, replayed
@@ -175,9 +175,37 @@ class AdapterSet:
         tokens = getattr(config, "trainable_token_indices", None)
         if tokens:
             plan += get_method("trainable_tokens").adapter.companions(self.map, tokens, tie=tie, problems=problems)
+        if strict:
+            self._check_tables(plan, problems)
+            self._check_patterns(config, plan, problems)
         self._check_kinds(plan, problems)
+        if strict and not plan and method.kind == "layer" and not problems.found:
+            problems.add(f"target_modules={config.target_modules!r}: there is nothing to adapt, so nothing would be trained")
         problems.raise_as(TargetError)
         return plan
+
+    def _check_tables(self, plan: list[Placement], problems: Problems) -> None:
+        """Embeddings that are one table, as in T5, can be adapted as one alone: files of transformers hold it once (T6)."""
+        tables = {n for n, m in self.map.modules.items() if isinstance(m, nn.Embedding)}
+        for placement in plan:
+            others = {n for n in tied_names(self.map, placement.path) if n in tables and n != placement.path}
+            if placement.path not in tables or not others or placement.parameter is not None:
+                continue
+            together = {p.shares or p.path for p in plan if p.path in others or p is placement}
+            if len(together) > 1 or not others <= {p.path for p in plan}:
+                problems.add(
+                    f"{placement.adapter.__name__} on {placement.path!r}, which is one table with {shortened(sorted(others))}: "
+                    "they can be changed together alone (T6). Set ensure_weight_tying=True"
+                )
+
+    @staticmethod
+    def _check_patterns(config: Any, plan: Iterable[Placement], problems: Problems) -> None:
+        paths = [p.path if p.parameter is None else f"{p.path}.{p.parameter}" for p in plan]
+        for field_name in config.overrides:
+            for pattern in getattr(config, field_name) or {}:
+                if not any(name_matches(pattern, path) for path in paths):
+                    ends = {path.rsplit(".", 1)[-1] for path in paths}
+                    problems.add(f"{field_name} entry {pattern!r} matches none of the adapted layers.{did_you_mean(pattern, ends)}")
 
     def _check_kinds(self, plan: Iterable[Placement], problems: Problems) -> None:
         for placement in plan:

@@ -193,8 +193,10 @@ class ModuleMap:
                     problems.add(f"target_modules entry {entry!r} matches no layer.{self._cure(entry)}")
         if config.exclude_modules is not None:
             names = [n for n in names if not matches_any(config.exclude_modules, n)]
+            if strict:
+                self._check_excluded(config.exclude_modules, problems)
         names = self._in_scope(config, names, problems)
-        names = self._in_layers(config, names, problems)
+        names = self._in_layers(config, names, problems, strict)
         saved = tuple(self.saved_names(config.modules_to_save, problems, strict=strict))
         names = [n for n in names if n not in saved and not n.startswith(tuple(f"{s}." for s in saved))]
         if not names and not problems.found and strict and not self._other_targets(config):
@@ -204,7 +206,19 @@ class ModuleMap:
 
     @staticmethod
     def _other_targets(config: Any) -> bool:
-        return bool(getattr(config, "target_parameters", None)) or config.target_modules == []
+        others = ("target_parameters", "trainable_token_indices", "modules_to_save")
+        return any(getattr(config, name, None) for name in others)
+
+    def _check_excluded(self, excluded: Any, problems: Problems) -> None:
+        if isinstance(excluded, str):
+            if not any(matches_any(excluded, n) for n in self.modules):
+                problems.add(
+                    f"exclude_modules={excluded!r} matches no module's whole name; names look like "
+                    f"{shortened(list(self._adaptable())[:3])}"
+                )
+            return
+        for entry in self._by_suffix(excluded)[1]:
+            problems.add(f"exclude_modules entry {entry!r} matches no module.{self._cure(entry)}")
 
     def _by_suffix(self, entries: Iterable[str]) -> tuple[list[str], list[str]]:
         simple = {e for e in entries if "." not in e}
@@ -246,9 +260,14 @@ class ModuleMap:
         for scope in config.target_scope:
             if scope not in self.modules:
                 problems.add(f"target_scope entry {scope!r} is no module.{did_you_mean(scope, self.modules)}")
-        return [n for n in names if n.startswith(tuple(f"{s}." for s in config.target_scope))]
+        inside = [n for n in names if n.startswith(tuple(f"{s}." for s in config.target_scope))]
+        for entry in config.target_modules if isinstance(config.target_modules, list) else ():
+            if matches := self._by_suffix([entry])[0]:
+                if not set(matches) & set(inside):
+                    problems.add(f"target_modules entry {entry!r} means {matches[0]}, which target_scope leaves out")
+        return inside
 
-    def _in_layers(self, config: Any, names: list[str], problems: Problems) -> list[str]:
+    def _in_layers(self, config: Any, names: list[str], problems: Problems, strict: bool) -> list[str]:
         wanted = config.layers_to_transform
         if wanted is None:
             return names
@@ -260,9 +279,16 @@ class ModuleMap:
             if number not in present:
                 problems.add(
                     f"layers_to_transform has {number}, but the targets lie in blocks "
-                    f"{shortened(sorted(present)) or '(none found: say how the list of blocks is called with layers_pattern)'}"
+                    f"{', '.join(map(str, sorted(present))) or '(none found: say how the list of blocks is called with layers_pattern)'}"
                 )
-        return [n for n in names if numbers[n] in set(wanted)]
+        whole = config.target_modules if isinstance(config.target_modules, list) else []  # a whole name means what it says
+        for entry in whole if strict else ():
+            if (meant := self._by_suffix([entry])[0]) and not any(numbers.get(n) is not None or n in whole for n in meant):
+                problems.add(
+                    f"target_modules entry {entry!r} means {meant[0]}, which lies in no block, so layers_to_transform drops it; "
+                    f"give its whole name, {meant[0]!r}, to adapt it"
+                )
+        return [n for n in names if numbers[n] in set(wanted) or n in whole]
 
     @staticmethod
     def _block_number(name: str, patterns: list[str] | None) -> int | None:
