@@ -56,7 +56,7 @@ def adapt(method: str, storage: str, *, eval_before: bool = False) -> tuple[nn.M
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
+    return float(((a - b).norm() / b.norm()).detach())
 
 
 @pytest.mark.parametrize("storage", STORAGES)

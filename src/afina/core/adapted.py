@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from afina.core.adapter import Adapter, Base, Chain
+from afina.core.adapter import Adapter, Base, Chain, SavedModule
 from afina.core.layers import LayerView, ParameterView, view_of
 from afina.core.runtime import Rows, Runtime
 from afina.errors import MergeError
@@ -23,7 +23,7 @@ class AdaptedLayer(nn.Module):
     """A layer with named adapters around it.
 
     `base_layer` is the layer itself, called as a module, so that hooks, offloading and quantised kernels keep working.
-    Attributes that the wrapper does not have are the layer's.
+    Attributes that the wrapper does not have are those of the module that acts: the layer, or the copy trained in its place.
     """
 
     def __init__(self, base_layer: nn.Module, runtime: Runtime, *, view: LayerView | None = None):
@@ -42,18 +42,18 @@ class AdaptedLayer(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer":  # not there yet: while the object is being made or unpickled
+            if name in ("adapters", "base_layer"):  # not there yet: while the object is being made or unpickled
                 raise
-            return getattr(self._modules["base_layer"], name)
+            return getattr(self._acting(), name)
 
-    def __len__(self) -> int:
-        return len(self.base_layer)  # type: ignore[arg-type]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.base_layer)  # type: ignore[call-overload]
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.base_layer[index]  # type: ignore[index]
+    def _acting(self) -> nn.Module:
+        """The module whose attributes are the layer's: a trained copy where one stands in, else the layer."""
+        state = self.runtime.state
+        for name in reversed(state.active if state.enabled else ()):
+            adapter = self.adapters._modules.get(name)
+            if isinstance(adapter, SavedModule) and name not in self.merged:
+                return adapter.inner
+        return self._modules["base_layer"]  # type: ignore[return-value]
 
     # --- adapters
 
