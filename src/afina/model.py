@@ -30,7 +30,7 @@ from afina.core.injection import AdapterSet
 from afina.core.prompts import PromptFeeder, complete_prompt_config
 from afina.core.registry import method_for
 from afina.core.report import card, table
-from afina.core.vocabulary import fit_vocabulary, place_embeddings, resized_embeddings, tokenizer_hash, vocabulary_rows
+from afina.core.vocabulary import fit_vocabulary, resized_embeddings, take_embeddings, tokenizer_hash, vocabulary_rows
 from afina.errors import (
     AdapterNameError,
     AlreadyAdaptedError,
@@ -125,8 +125,13 @@ class PeftModel(nn.Module):
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's forward under the active adapters, or with `adapter_names`, one name a row of the batch."""
+        if adapter_names is None:
+            return self.base_model.model(*args, **kwargs)
         self.adapters.set_rows(self._checked_rows(adapter_names, args, kwargs))
-        return self.base_model.model(*args, **kwargs)
+        try:
+            return self.base_model.model(*args, **kwargs)
+        finally:
+            self.adapters.set_rows(None)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's `generate` under the active adapters, or with one adapter a row, also with beams."""
@@ -448,19 +453,25 @@ class PeftModel(nn.Module):
         state = checkpoint.read_state(model_id, subfolder, **hub)
         extra = checkpoint.read_extra(model_id, subfolder, **hub)
         _check_tokenizer(extra, tokenizer, source, strict)
-        fit_vocabulary(self.adapters, state, extra.get("vocabulary"), source)
-        config = _retargeted(config, self.adapters, state)
-        self._add(adapter_name, config, initialise=not strict, strict=False, bare=True)
+        unfit = fit_vocabulary(self.adapters, state, extra.get("vocabulary"), source)
         try:
+            config = _retargeted(config, self.adapters, state)
+            self._add(adapter_name, config, initialise=not strict, strict=False, bare=True)
             if adapter_name in self.prompt_encoder:
                 self._load_encoder(adapter_name, config, model_id, subfolder, hub, is_trainable)
             expected = checkpoint.adapter_state(self.adapters, adapter_name)
-            place_embeddings(self.adapters, state, expected)
+            embeddings = take_embeddings(self.adapters, state, expected, source)
             report = checkpoint.assign(state, expected, source, strict=strict, layers=self.adapters.paths)
             self._check_base(extra, report.renamed, source, strict)
         except Exception:
             self.adapters.remove(adapter_name)
+            if not self.adapters.configs:
+                self.adapters.unwrap()
+            unfit()
             raise
+        with torch.no_grad():
+            for own, stored in embeddings:
+                own.copy_(stored)
         self.adapters.set_trainable(adapter_name, is_trainable and adapter_name in self.adapters.active)
         return report
 

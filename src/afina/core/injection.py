@@ -396,20 +396,25 @@ class AdapterSet:
                 del layer.adapters[name]
         if name in self.prompts:
             del self.prompts[name]
-        del self.configs[name], self.injected[name]
+        self.configs.pop(name, None)
+        self.injected.pop(name, None)
 
     def unload(self) -> nn.Module:
         """Take every wrapper out of the tree; returns the model, with whatever has been merged into it."""
+        self.unwrap()
+        for undo in self.undo:
+            undo()
+        self.model.__dict__.pop(ATTRIBUTE, None)
+        return self.model
+
+    def unwrap(self) -> None:
+        """Put every layer back in the place of its wrapper."""
         for key, layer in reversed(self.layers.items()):
             path = key.split("#")[0]
             for place in (path, *self.map.aliases.get(path, ())):
                 parent, leaf = self._parent(place)
                 parent._modules[leaf] = layer.base_layer
-        for undo in self.undo:
-            undo()
         self.layers.clear()
-        self.model.__dict__.pop(ATTRIBUTE, None)
-        return self.model
 
     # --- merging
 

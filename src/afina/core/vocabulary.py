@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from afina.errors import CheckpointError
 if TYPE_CHECKING:
     from afina.core.injection import AdapterSet
 
-__all__ = ["fit_vocabulary", "place_embeddings", "resized_embeddings", "rows_of_checkpoint", "tokenizer_hash", "vocabulary_rows"]
+__all__ = ["fit_vocabulary", "resized_embeddings", "rows_of_checkpoint", "take_embeddings", "tokenizer_hash", "vocabulary_rows"]
 
 PREFIX = "base_model.model."
 
@@ -74,16 +75,19 @@ def rows_of_checkpoint(model: Any) -> int | None:
     return getattr(config.get_text_config(), "vocab_size", None)
 
 
-def fit_vocabulary(adapters: AdapterSet, state: dict[str, torch.Tensor], rows: int | None, source: str) -> None:
-    """Resize the base to the vocabulary an adapter was trained with; raises CheckpointError where that cannot be done."""
+def fit_vocabulary(
+    adapters: AdapterSet, state: dict[str, torch.Tensor], rows: int | None, source: str
+) -> Callable[[], None]:
+    """Resize the base to the vocabulary an adapter was trained with; raises CheckpointError where that cannot be done.
+    Returns a function that takes it back."""
     here = _embeddings(adapters)
     if not here:
-        return
+        return lambda: None
     stored = [state[key] for path in here for key in _keys(path) if key in state]
     present = next(iter(here.values())).shape[0]
     wanted = stored[0].shape[0] if stored else rows
     if wanted is None or wanted == present:
-        return
+        return lambda: None
     if not stored:
         raise CheckpointError(
             f"{source} was trained with a vocabulary of {wanted} rows, this base has {present}, and the file holds no "
@@ -95,17 +99,36 @@ def fit_vocabulary(adapters: AdapterSet, state: dict[str, torch.Tensor], rows: i
             "adapters it has; load this one first"
         )
     model: Any = adapters.model
+    before = {path: weight.detach().clone() for path, weight in here.items()}
     model.resize_token_embeddings(wanted, mean_resizing=False)
     adapters.forget_map()
 
+    def undo() -> None:
+        model.resize_token_embeddings(present, mean_resizing=False)
+        adapters.forget_map()
+        with torch.no_grad():
+            for path, weight in _embeddings(adapters).items():
+                weight.copy_(before[path])
 
-def place_embeddings(adapters: AdapterSet, state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Put the embeddings of a file that are no adapter's into the base; `state` loses their keys."""
-    with torch.no_grad():
-        for path, weight in _embeddings(adapters).items():
-            for key in _keys(path):
-                if key in state and key not in expected and state[key].shape == weight.shape:
-                    weight.copy_(state.pop(key))
+    return undo
+
+
+def take_embeddings(
+    adapters: AdapterSet, state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], source: str
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The embeddings of a file that are no adapter's, each with the base's tensor they belong into; `state` loses their
+    keys. Raises CheckpointError where other adapters are there that were trained with other rows."""
+    found = []
+    for path, weight in _embeddings(adapters).items():
+        for key in _keys(path):
+            if key in state and key not in expected and state[key].shape == weight.shape:
+                found.append((weight, state.pop(key)))
+    if len(adapters.configs) > 1 and not all(torch.equal(old, new.to(old.device, old.dtype)) for old, new in found):
+        raise CheckpointError(
+            f"{source} holds other embeddings than this base has, and the adapters that are there were trained with those; "
+            "load it on a base of its own"
+        )
+    return found
 
 
 def _keys(path: str) -> tuple[str, str]:
