@@ -16,6 +16,7 @@ def refused(model, config, error=TargetError):
         get_peft_model(model, config)
     assert [p.requires_grad for p in model.parameters()] == flags  # nothing has been changed
     assert not any(".adapters." in name for name, _ in model.named_parameters())
+    assert AdapterSet.of(model) is None  # and the model can be adapted, once the configuration is right
     return str(caught.value)
 
 

@@ -78,7 +78,7 @@ def llava(*, seed: int = 0, vision_layers: int = 3) -> Any:
 def moe(*, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     config = tf.Qwen3MoeConfig(
-        vocab_size=VOCAB, hidden_size=20, intermediate_size=37, moe_intermediate_size=11, num_hidden_layers=2,
+        vocab_size=VOCAB, hidden_size=20, intermediate_size=37, moe_intermediate_size=12, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, head_dim=10, num_experts=5, num_experts_per_tok=2,
         max_position_embeddings=64,
     )  # fmt: skip

@@ -95,9 +95,12 @@ def read_extra(source: Any, subfolder: str | None = None, **hub: Any) -> dict[st
     if path is None:
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        extra = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(extra, dict):
+        raise CheckpointError(f"{path} holds a {type(extra).__name__}; expected a table")
+    return extra
 
 
 def assign(

@@ -11,6 +11,7 @@ TIES: Yadav et al. 2023, https://arxiv.org/abs/2306.01708. DARE: Yu et al. 2023,
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -82,6 +83,8 @@ def _check(
         problems.add("adapters is empty: name at least one")
     if len(names) != len(weights):
         problems.add(f"{len(names)} adapters but {len(weights)} weights")
+    if not all(math.isfinite(weight) for weight in weights):
+        problems.add(f"weights={list(weights)}: expected finite numbers")
     if kind not in COMBINATIONS:
         problems.add(f"combination_type={kind!r} is not known.{did_you_mean(kind, COMBINATIONS)}")
     if svd_rank is not None and svd_rank < 1:

@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 CONFIG_NAME = "adapter_config.json"
+HUB_OPTIONS = frozenset({"revision", "token", "cache_dir", "local_files_only", "force_download"})
 logger = logging.getLogger("afina")
 C = TypeVar("C", bound="AdapterConfig")
 
@@ -88,8 +89,27 @@ def check_limits(options: Any, problems: Problems, spell: Callable[[str], str] =
                 problems.add(f"{spell(f.name)}={value!r}: expected a number of {wrong} {limit}")
 
 
+class Described(type):
+    """Makes a configuration take, as in PEFT's files, its own `peft_type` and the options afina lacks, as long as these
+    ask for nothing; any other name is an error with the nearest one."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        problems, known = Problems(cls.__name__), {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        for name in [n for n in kwargs if n not in known]:
+            value, foreign = kwargs.pop(name), cls.foreign  # type: ignore[attr-defined]
+            if name == "peft_type":
+                if getattr(value, "value", value) not in (cls.peft_type, None):  # type: ignore[attr-defined]
+                    problems.add(f"peft_type={str(value)!r}: this class configures {cls.peft_type!r}")  # type: ignore[attr-defined]
+            elif name not in foreign:
+                problems.add(f"{name}={value!r} is not an option.{did_you_mean(name, known | set(foreign))}")
+            elif value not in (foreign[name], None, False, {}, []):
+                problems.add(f"{name}={value!r} asks for something afina does not do")
+        problems.raise_as(ConfigError)
+        return super().__call__(*args, **kwargs)
+
+
 @dataclasses.dataclass
-class AdapterConfig:
+class AdapterConfig(metaclass=Described):
     """What all methods have in common. PEFT's name for it is `PeftConfig`."""
 
     peft_type: ClassVar[str] = ""
@@ -202,6 +222,8 @@ def config_from_dict(data: Mapping[str, Any], source: str = "the configuration")
     """The configuration that a file's contents describe, of the class its `peft_type` names."""
     from afina.core.registry import config_class
 
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{source} holds a {type(data).__name__}; expected a table of options")
     if not data.get("peft_type"):
         raise ConfigError(f"{source} has no peft_type, so it does not say which method it configures")
     return config_class(str(data["peft_type"]), source).from_dict(data, source)
@@ -236,7 +258,13 @@ class TargetedConfig(AdapterConfig):
                 except re.error as error:
                     problems.add(f"{name}={value!r} is not a regular expression: {error}")
             elif value is not None and not isinstance(value, str):
-                setattr(self, name, list(dict.fromkeys(value)))
+                if isinstance(value, Collection) and all(isinstance(entry, str) for entry in value):
+                    setattr(self, name, list(dict.fromkeys(value)))
+                else:
+                    problems.add(f"{name}={value!r}: expected a list of names, or one regular expression")
+        for name in self.overrides:
+            if not isinstance(getattr(self, name) or {}, Mapping):
+                problems.add(f"{name}={getattr(self, name)!r}: expected a table of names to values")
         if isinstance(self.layers_to_transform, int):
             self.layers_to_transform = [self.layers_to_transform]
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
@@ -283,6 +311,11 @@ def resolve_file(
     source: str | os.PathLike[str], filename: str, *, subfolder: str | None = None, required: bool = True, **kwargs: Any
 ) -> Path | None:
     """A file in a folder or, where there is no such folder, in a hub repository (`revision`, `token`, `cache_dir`)."""
+    if unknown := sorted(kwargs.keys() - HUB_OPTIONS):
+        raise ConfigError(
+            f"{unknown[0]} is no option of loading.{did_you_mean(unknown[0], HUB_OPTIONS)} "
+            f"For the hub there are {', '.join(sorted(HUB_OPTIONS))}"
+        )
     folder = Path(source) / subfolder if subfolder else Path(source)
     if folder.is_dir():
         if (folder / filename).is_file():
@@ -302,9 +335,8 @@ def resolve_file(
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
-    allowed = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "local_files_only")}
     try:
-        return Path(hf_hub_download(str(source), filename, subfolder=subfolder, **allowed))
+        return Path(hf_hub_download(str(source), filename, subfolder=subfolder, **kwargs))
     except EntryNotFoundError as error:
         if not required:
             return None

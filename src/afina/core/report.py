@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from afina.core.adapter import Chain, SavedModule
 from afina.core.codecs import logical_numel
 from afina.core.injection import AdapterSet
 from afina.core.registry import method_for
@@ -15,34 +16,48 @@ __all__ = ["card", "table"]
 def table(adapters: AdapterSet) -> str:
     """One line for each kind of module: how it is adapted, how many there are, how many values it has.
 
-    Modules that differ in their block numbers alone share a line. Nothing that holds weights is left out.
+    Modules that differ in their block numbers alone share a line. Every parameter of the base is counted once: a tied one
+    where it is adapted, or else where it is first.
     """
-    counts: dict[tuple[str, str], list[int]] = {}
-    new = {n for injected in adapters.injected.values() for n in injected.new}
-    for path, module in adapters.map.modules.items():
+    places: dict[int, tuple[str, str, str, int]] = {}  # parameter -> path, name, state, values
+    for path, module in [("", adapters.model), *adapters.map.modules.items()]:
         for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            state = _state(adapters, path, name, new)
-            pattern = re.sub(r"\.\d+(?=\.|$)", ".*", path)
-            line = counts.setdefault((f"{pattern}.{name}" if state == "frozen" and name != "weight" else pattern, state), [0, 0])
-            line[0] += 1
-            line[1] += logical_numel(parameter)
-    width = max((len(pattern) for pattern, _ in counts), default=0)
-    rows = sorted(counts.items(), key=lambda item: item[0][1] == "frozen")
-    return "\n".join(f"{pattern:<{width}}  x{n:<4} {size:>14,d}  {state}" for (pattern, state), (n, size) in rows)
+            if parameter is not None and (id(parameter) not in places or places[id(parameter)][2] == "frozen"):
+                there, state = id(parameter) in places, _state(adapters, path, name)
+                if not there or state != "frozen":
+                    places[id(parameter)] = (path, name, state, logical_numel(parameter))
+    lines: dict[tuple[str, str], tuple[set[str], list[int]]] = {}
+    for path, name, state, size in places.values():
+        pattern = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path)
+        label = pattern if path and name in ("weight", "bias") else f"{pattern}.{name}".lstrip(".")
+        modules, sizes = lines.setdefault((label, state), (set(), []))
+        modules.add(path)
+        sizes.append(size)
+    width = max((len(label) for label, _ in lines), default=0)
+    rows = sorted(lines.items(), key=lambda item: item[0][1] == "frozen")
+    return "\n".join(
+        f"{label:<{width}}  x{len(modules):<4} {sum(sizes):>14,d}  {state}" for (label, state), (modules, sizes) in rows
+    )
 
 
-def _state(adapters: AdapterSet, path: str, name: str, new: set[str]) -> str:
-    for key, layer in adapters.layers.items():
-        where, _, parameter = key.partition("#")
-        if (parameter and (where, parameter) == (path, name)) or (not parameter and where == path):
-            return ", ".join(f"{type(a).__name__} ({n})" for n, a in layer.adapters.items()) or "frozen"
-        if not parameter and path.startswith(f"{where}.") and any(n in new or not n for n in (where,)):
-            return "trained whole, newly initialised"
-        if not parameter and path.startswith(f"{where}."):
-            return "trained whole"
-    return "frozen"
+def _state(adapters: AdapterSet, path: str, name: str) -> str:
+    """What happens to one parameter of the module at `path`."""
+    said = []
+    for key in (f"{path}#{name}", path):
+        layer = adapters.layers.get(key)
+        for adapter_name, adapter in layer.adapters.items() if layer is not None else ():
+            if not isinstance(adapter, SavedModule):
+                links: Any = adapter.links if isinstance(adapter, Chain) else [adapter]
+                said.append(f"{' + '.join(type(link).__name__ for link in links)} ({adapter_name})")
+    parts = path.split(".")
+    for i in range(len(parts), 0, -1):
+        outer = ".".join(parts[:i])
+        layer = adapters.layers.get(outer)
+        for adapter_name, adapter in layer.adapters.items() if layer is not None else ():
+            if isinstance(adapter, SavedModule):
+                new = ", newly initialised" if outer in adapters.injected[adapter_name].new else ""
+                said.append(f"trained whole{new} ({adapter_name})")
+    return ", ".join(said) or "frozen"
 
 
 def card(adapters: AdapterSet, name: str) -> str:

@@ -244,7 +244,11 @@ class ModuleMap:
         if bare:
             end = ".".join(bare[0].split(".")[-2:])
             return f" It is a bare parameter ({bare[0]}), not a layer: use target_parameters=[{end!r}]."
-        return did_you_mean(entry, self._leaves() if "." not in entry else self._adaptable())
+        fused = [f"{path}.{p}" for path, module in self.modules.items() for p, t in module._parameters.items()
+                 if t is not None and t.dim() == 3 and not isinstance(module, nn.Conv1d)]  # fmt: skip
+        ends = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in fused))
+        hint = f" The experts are bare parameters here: use target_parameters={ends[:3]}." if ends else ""
+        return did_you_mean(entry, self._leaves() if "." not in entry else self._adaptable()) + hint
 
     def _adaptable(self) -> Iterator[str]:
         for name, module in self.modules.items():
