@@ -50,7 +50,9 @@ def train(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the split, new weights and order. [0]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in the output folder.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in --output, with its recipe.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show everything, and stop before training.")] = False,
 ) -> None:
     """Tune a classifier on a CSV file, test it on rows it never saw, and save it.
@@ -66,7 +68,10 @@ def train(
     from afina.training.run import prepare
 
     problems = Problems("afina train")
-    recipe = assemble(given, list(arguments or []), problems)
+    typed = list(arguments or [])
+    if resume and output is not None and (output / "recipe.yaml").is_file():
+        typed = typed if any(a.endswith((".yaml", ".yml")) for a in typed) else [str(output / "recipe.yaml"), *typed]
+    recipe = assemble(given, typed, problems)
     run = prepare(
         recipe, output, spell=lambda place: TYPED.get(place, place), problems=problems, overwrite=overwrite, resume=resume
     )

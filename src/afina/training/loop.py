@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from afina.core.adapter import SavedModule
 from afina.errors import TrainingError
@@ -58,6 +59,7 @@ class Fitted:
 
 def make_accelerator(precision: str) -> Accelerator:
     """The devices and processes there are; raises TrainingError where processes were started and are not seen (T44)."""
+    AcceleratorState._reset_state()  # precision is kept per process otherwise, and a second run could not have another
     accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:

@@ -1,0 +1,51 @@
+"""Laws of the batches: every row once, none too large, rows of like length together, the order from seed and epoch alone."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from afina.training.batching import parts, shuffled_batches, sorted_batches
+from afina.training.loop import linear_schedule
+
+
+@pytest.mark.parametrize("rows", [1, 7, 16, 257, 1009])
+@pytest.mark.parametrize("size", [1, 3, 16])
+def test_every_row_once(rows, size):
+    lengths = [random.Random(i).randrange(1, 97) for i in range(rows)]
+    for batches in (shuffled_batches(lengths, size, seed=0, epoch=1), sorted_batches(lengths, size)):
+        assert sorted(i for batch in batches for i in batch) == list(range(rows))
+        assert max(map(len, batches)) <= size
+        assert len(batches) == -(-rows // size)
+
+
+def test_less_padding_than_by_chance_and_another_order_each_epoch():
+    lengths = [random.Random(i).randrange(1, 97) for i in range(1009)]
+
+    def padded(batches):
+        return sum(len(b) * max(lengths[i] for i in b) for b in batches)
+
+    bucketed = shuffled_batches(lengths, 16, seed=0, epoch=1)
+    order = random.Random(0).sample(range(1009), 1009)
+    assert padded(bucketed) < 0.75 * padded([order[i : i + 16] for i in range(0, 1009, 16)])
+    assert bucketed == shuffled_batches(lengths, 16, seed=0, epoch=1)
+    assert bucketed != shuffled_batches(lengths, 16, seed=0, epoch=2)
+    assert bucketed != shuffled_batches(lengths, 16, seed=1, epoch=1)
+
+
+@pytest.mark.parametrize(("rows", "count"), [(7, 3), (2, 5), (0, 2), (16, 4)])
+def test_parts_cover_the_batch(rows, count):
+    made = parts(list(range(rows)), count)
+    assert len(made) == count
+    assert sorted(i for part in made for i in part) == list(range(rows))
+    assert max(map(len, made)) - min(map(len, made)) <= 1
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 200])
+def test_learning_rate_is_never_zero_within_the_run_and_peaks_once(steps):
+    factor = linear_schedule(steps, 0.1)
+    values = [factor(i) for i in range(steps)]
+    assert all(0 < v <= 1 for v in values)
+    assert max(values) == 1.0
+    assert factor(steps) <= 1 / steps
