@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from afina.core import checkpoint
-from afina.core.config import AdapterConfig
+from afina.core.config import HUB_OPTIONS, AdapterConfig
 from afina.errors import ConfigError
 from afina.model import PeftModel
 
@@ -37,14 +37,20 @@ class AutoPeftModel:
         is_trainable: bool = False,
         config: AdapterConfig | None = None,
         revision: str | None = None,
+        import_allowlist: list[str] | None = None,
         base_model: str | Path | None = None,
         **kwargs: Any,
     ) -> PeftModel:
-        """Base and adapter; `base_model` names the base where it has moved, other keywords go to its `from_pretrained`."""
+        """Base and adapter; `base_model` names the base where it has moved, other keywords go to its `from_pretrained`.
+
+        No module that a file names is ever imported, so `import_allowlist` allows nothing: a base that is no class of
+        transformers is made by its own code and handed to `PeftModel.from_pretrained`.
+        """
         import transformers
 
         source = pretrained_model_name_or_path
-        read = config or AdapterConfig.from_pretrained(source, revision=revision)
+        hub = {"revision": revision, **{k: v for k, v in kwargs.items() if k in HUB_OPTIONS}}
+        read = config or AdapterConfig.from_pretrained(source, **hub)
         path = str(base_model or read.base_model_name_or_path or "")
         if not path:
             raise ConfigError(f"{source} does not say which base it belongs to; give base_model=..., a folder or hub id")
@@ -57,11 +63,11 @@ class AutoPeftModel:
             auto = getattr(transformers, name, None)
             if auto is None:  # no module that a file names is imported
                 raise ConfigError(f"{source} belongs to a {name}, which transformers has not; load it with PeftModel")
-        state = checkpoint.read_state(source, revision=revision)
+        state = checkpoint.read_state(source, **hub)
         if "num_labels" not in kwargs and (labels := _head_rows(state)) is not None:
             kwargs["num_labels"] = labels
         base = auto.from_pretrained(path, revision=read.revision, **kwargs)
-        return PeftModel.from_pretrained(base, source, adapter_name, is_trainable, config=read, revision=revision)
+        return PeftModel.from_pretrained(base, source, adapter_name, is_trainable, config=read, **hub)
 
 
 def _head_rows(state: dict[str, torch.Tensor]) -> int | None:

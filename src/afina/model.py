@@ -88,7 +88,7 @@ class PeftModel(nn.Module):
         peft_config: AdapterConfig,
         adapter_name: str = "default",
         autocast_adapter_dtype: bool = True,
-        **_: Any,
+        low_cpu_mem_usage: bool = False,
     ):
         super().__init__()
         _refuse_adapted(model)
@@ -226,8 +226,16 @@ class PeftModel(nn.Module):
 
     # --- adapters
 
-    def add_adapter(self, adapter_name: str, peft_config: AdapterConfig, **_: Any) -> None:
-        """Add a second adapter, neither active nor trained before `set_adapter`."""
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: AdapterConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add a second adapter, neither active nor trained before `set_adapter`. `low_cpu_mem_usage` changes nothing."""
+        if not autocast_adapter_dtype:
+            peft_config = _with(peft_config, autocast_adapter_dtype=False)
         self._add(adapter_name, peft_config)
 
     def _add(
@@ -328,6 +336,7 @@ class PeftModel(nn.Module):
         selected_adapters: Sequence[str] | None = None,
         save_embedding_layers: str | bool = "auto",
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
         tokenizer: Any = None,
         push_to_hub: bool = False,
         **kwargs: Any,
@@ -336,6 +345,13 @@ class PeftModel(nn.Module):
 
         What is written is checked and read back. `tokenizer` is saved along, and its hash is compared at loading.
         """
+        if path_initial_model_for_weight_conversion is not None:
+            raise ConfigError(
+                "path_initial_model_for_weight_conversion: no initialisation of afina changes the base, so there is nothing "
+                "to convert; leave it out"
+            )
+        if kwargs and not push_to_hub:
+            raise ConfigError(f"save_pretrained() has no option {', '.join(kwargs)}; those of the hub need push_to_hub=True")
         if not safe_serialization:
             raise ConfigError("safe_serialization=False would write a pickle; afina reads such files but writes safetensors")
         folder = Path(save_directory)
@@ -355,7 +371,7 @@ class PeftModel(nn.Module):
         for name, state in states.items():
             target = folder if name == "default" else folder / name
             config = _with(self.peft_config[name], inference_mode=True, peft_version=None)
-            state = {**resized_embeddings(self, state, save_embedding_layers), **state}
+            state = {**resized_embeddings(self.adapters, state, save_embedding_layers), **state}
             prompt = self.prompt_encoder[name] if name in self.prompt_encoder else None
             encoder: Any = prompt.encoder_state() if prompt is not None else {}
             extra = {
@@ -372,24 +388,56 @@ class PeftModel(nn.Module):
         if not (folder / "README.md").exists():
             (folder / "README.md").write_text(card(self.adapters, next(iter(states))), encoding="utf-8")
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Save into a temporary folder and upload it to a hub repository, which is created where there is none."""
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = None,
+        tags: Sequence[str] | None = None,
+        selected_adapters: Sequence[str] | None = None,
+        tokenizer: Any = None,
+    ) -> Any:
+        """Save into a temporary folder and upload it to a hub repository, which is created where there is none.
+
+        `tags` go into the model card. `max_shard_size` changes nothing: an adapter is one file.
+        """
         import tempfile
 
-        saving = {k: kwargs.pop(k) for k in ("selected_adapters", "tokenizer") if k in kwargs}
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **saving)
-            return self._upload(Path(folder), repo_id=repo_id, **kwargs)
+            self.save_pretrained(folder, selected_adapters=selected_adapters, tokenizer=tokenizer)
+            return self._upload(
+                Path(folder), repo_id, commit_message, commit_description, private, token, revision, create_pr, tags
+            )
 
     @staticmethod
-    def _upload(folder: Path, repo_id: str | None = None, **kwargs: Any) -> Any:
-        from huggingface_hub import HfApi
+    def _upload(
+        folder: Path,
+        repo_id: str | None = None,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        tags: Sequence[str] | None = None,
+    ) -> Any:
+        from huggingface_hub import HfApi, ModelCard
 
-        repo_id = repo_id or folder.name
-        api = HfApi(token=kwargs.get("token"))
-        repo_id = api.create_repo(repo_id, exist_ok=True, private=kwargs.get("private")).repo_id
-        message = kwargs.get("commit_message") or "Upload adapter"
-        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, revision=kwargs.get("revision"))
+        if tags:
+            described = ModelCard.load(folder / "README.md")
+            described.data.tags = [*(described.data.tags or []), *tags]
+            described.save(folder / "README.md")
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id or folder.name, exist_ok=True, private=private).repo_id
+        return api.upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message=commit_message or "Upload adapter",
+            commit_description=commit_description, revision=revision, create_pr=create_pr,
+        )  # fmt: skip
 
     @classmethod
     def from_pretrained(
@@ -400,6 +448,9 @@ class PeftModel(nn.Module):
         is_trainable: bool = False,
         config: AdapterConfig | None = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
         strict: bool = True,
         subfolder: str | None = None,
         tokenizer: Any = None,
@@ -408,7 +459,8 @@ class PeftModel(nn.Module):
         """The base `model` with the adapter of a folder or hub repository around its layers.
 
         Raises CheckpointError where a key does not fit and BaseMismatchError where the adapter was trained on another
-        base; `strict=False` loads what fits. In eval mode and frozen unless `is_trainable`.
+        base; `strict=False` loads what fits. In eval mode and frozen unless `is_trainable`. Other options are those of
+        `load_adapter`.
         """
         _refuse_adapted(model, loading=str(model_id))
         read = config or AdapterConfig.from_pretrained(model_id, subfolder=subfolder, **hub)
@@ -420,7 +472,8 @@ class PeftModel(nn.Module):
         try:
             wrapped.load_adapter(
                 model_id, adapter_name, is_trainable=is_trainable, config=read, strict=strict, subfolder=subfolder,
-                autocast_adapter_dtype=autocast_adapter_dtype, tokenizer=tokenizer, **hub,
+                autocast_adapter_dtype=autocast_adapter_dtype, ephemeral_gpu_offload=ephemeral_gpu_offload,
+                key_mapping=key_mapping, tokenizer=tokenizer, **hub,
             )  # fmt: skip
         except Exception:
             wrapped.adapters.unload()
@@ -433,8 +486,12 @@ class PeftModel(nn.Module):
         model_id: str | Path,
         adapter_name: str,
         is_trainable: bool = False,
-        config: AdapterConfig | None = None,
+        torch_device: str | None = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        config: AdapterConfig | None = None,
         strict: bool = True,
         subfolder: str | None = None,
         tokenizer: Any = None,
@@ -443,7 +500,12 @@ class PeftModel(nn.Module):
         """Load one more adapter beside those that are there; it is not active before `set_adapter`.
 
         Returns which keys were loaded, and with `strict=False` which did not fit. On an error nothing has changed.
+        `key_mapping` holds regular expressions and what to put in their place in the file's keys, whose prefix
+        `base_model.model.` is left out of account; of several, the first that matches a key is used. `torch_device` and
+        `low_cpu_mem_usage` change nothing: an adapter lies where its layer lies and is made without values.
         """
+        if ephemeral_gpu_offload:
+            raise ConfigError("ephemeral_gpu_offload=True is not done; leave it out")
         source = f"{model_id}/{subfolder}" if subfolder else str(model_id)
         self.adapters.check_new_name(adapter_name)
         config = config or AdapterConfig.from_pretrained(model_id, subfolder=subfolder, **hub)
@@ -451,6 +513,8 @@ class PeftModel(nn.Module):
         if not autocast_adapter_dtype:
             config.autocast_adapter_dtype = False  # type: ignore[attr-defined,union-attr]
         state = checkpoint.read_state(model_id, subfolder, **hub)
+        if key_mapping:
+            state = {_mapped(key, key_mapping): tensor for key, tensor in state.items()}
         extra = checkpoint.read_extra(model_id, subfolder, **hub)
         _check_tokenizer(extra, tokenizer, source, strict)
         unfit = fit_vocabulary(self.adapters, state, extra.get("vocabulary"), source)
@@ -589,6 +653,15 @@ def _plain(cls: type[PeftModel]) -> type[PeftModel]:
 def _rebuild(cls: type[PeftModel], base: type[nn.Module]) -> PeftModel:
     made = _class_for(cls, base)
     return object.__new__(made)
+
+
+def _mapped(key: str, mapping: dict[str, str]) -> str:
+    prefix = checkpoint.PREFIX if key.startswith(checkpoint.PREFIX) else ""
+    for pattern, replacement in mapping.items():
+        new, count = re.subn(pattern, replacement, key.removeprefix(prefix))
+        if count:
+            return prefix + new
+    return key
 
 
 def _with(config: Any, **changes: Any) -> Any:

@@ -48,11 +48,10 @@ def vocabulary_rows(adapters: AdapterSet) -> int | None:
     return next((int(weight.shape[0]) for weight in _embeddings(adapters).values()), None)
 
 
-def resized_embeddings(peft_model: Any, state: dict[str, Any], save: str | bool) -> dict[str, torch.Tensor]:
+def resized_embeddings(adapters: AdapterSet, state: dict[str, Any], save: str | bool) -> dict[str, torch.Tensor]:
     """The embeddings that go into the file: with "auto", those whose rows are not those of the base's own checkpoint."""
     if save is False:
         return {}
-    adapters: AdapterSet = peft_model.adapters
     tensors = {f"{PREFIX}{path}.weight": weight for path, weight in _embeddings(adapters).items()}
     if save == "auto":
         rows = rows_of_checkpoint(adapters.model)

@@ -242,11 +242,11 @@ class TiedLoRA(LoRA):
         self.table = (other,)  # in a tuple, since the embedding owns the parameters
 
     @property
-    def lora_A(self) -> torch.Tensor:
+    def lora_A(self) -> torch.Tensor:  # noqa: N802
         return self.table[0].lora_B.T
 
     @property
-    def lora_B(self) -> torch.Tensor:
+    def lora_B(self) -> torch.Tensor:  # noqa: N802
         return self.table[0].lora_A.T
 
     def delta_weight(self) -> torch.Tensor:
