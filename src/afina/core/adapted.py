@@ -105,7 +105,8 @@ class AdaptedLayer(nn.Module):
         if not args and self.first in kwargs:
             kwargs = dict(kwargs)
             args = (kwargs.pop(self.first),)
-        return (args[0] if args else None), Base(self.view, self._modules["base_layer"], args[1:], kwargs)  # type: ignore[arg-type]
+        layer: Any = self._modules["base_layer"]
+        return (args[0] if args else None), Base(self.view, layer, args[1:], kwargs)
 
     def _forward_rows(self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A batch whose rows use different adapters: each group of rows goes its own way."""

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from afina.core.codecs import codec_of, restore, snapshot
 from afina.errors import TargetError
@@ -83,9 +84,12 @@ class LayerView:
         """Canonical weight and bias where calling the layer is no more than `F.linear` with them: plain, frozen and whole
         parameters, no hooks, no forward put in the place of its own. None where it may be more."""
         layer = self.layer
-        if type(layer) is not nn.Linear or _watched(layer):
+        own = layer.__dict__
+        if type(layer) is not nn.Linear or "forward" in own or _has_any_global_hook():
             return None
-        weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return None
+        weight, bias = own["_parameters"]["weight"], own["_parameters"]["bias"]
         if type(weight) is not nn.Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
             return None
         return weight, bias
@@ -301,12 +305,6 @@ class ModuleView(LayerView):
 
     def restore(self, kept: dict[str, Any]) -> None:
         pass
-
-
-def _watched(layer: Any) -> bool:
-    """Whether calling the module does more than its class's forward: hooks, or another forward put in its place."""
-    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return bool(hooks) or "forward" in layer.__dict__ or nn.modules.module._has_any_global_hook()
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ input's gradient is summed in place. Kept for backward: x, x A.T, and one byte a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def can_fuse(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
         x.dtype == weight.dtype
         and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled(x.device.type)
+        and not torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
         and not torch._C._are_functorch_transforms_active()
     )
 
@@ -35,7 +36,7 @@ def low_rank_linear(
     """The output `[..., out]` for x `[..., in]`: weight `[out, in]` and bias `[out]`, both frozen, down `[r, in]`, up
     `[out, r]`, all of one dtype; p is the probability of dropout on the input of `down`."""
     if torch.is_grad_enabled():
-        return _LowRankLinear.apply(x, weight, bias, down, up, scale, p)  # type: ignore[no-any-return]
+        return _apply(x, weight, bias, down, up, scale, p)
     return _compute(x, weight, bias, down, up, scale, p)[0]
 
 
@@ -49,8 +50,9 @@ def _compute(
         kept, factor = keep_mask(rows, p)
         seen, scale = _number(kept, x).mul_(rows), scale * factor
     z = seen.mm(down.t())
-    y = linear(rows, weight, bias).addmm_(z, up.t(), alpha=scale)
-    return (y if x.dim() == 2 else y.view(*x.shape[:-1], -1)), z, kept, scale
+    y = linear(x, weight, bias)
+    (y if x.dim() == 2 else y.view(-1, y.shape[-1])).addmm_(z, up.t(), alpha=scale)
+    return y, z, kept, scale
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -82,6 +84,10 @@ class _LowRankLinear(torch.autograd.Function):
             d_x = d_x.addmm_(d_z, down) if mask is None else d_x.addcmul_(d_z.mm(down), mask)
             d_x = d_x if g.dim() == 2 else d_x.view(*g.shape[:-1], -1)
         return d_x, None, None, d_down, d_up, None, None
+
+
+# Function.apply less its search for functorch, which `can_fuse` has done
+_apply: Callable[..., torch.Tensor] = super(torch.autograd.Function, _LowRankLinear).apply  # type: ignore[misc]
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
