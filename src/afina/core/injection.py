@@ -21,7 +21,7 @@ from afina.core.runtime import BASE_ROW, Rows, Runtime, State, replayed
 from afina.core.targets import ModuleMap, compact_names
 from afina.core.ties import tied_groups, tied_names
 from afina.core.vocabulary import rows_of_checkpoint
-from afina.errors import AdapterNameError, MergeError, Problems, TargetError, did_you_mean, shortened
+from afina.errors import AdapterNameError, ConfigError, MergeError, Problems, TargetError, did_you_mean, shortened
 
 __all__ = ["AdapterSet", "Injected", "new_modules"]
 
@@ -89,6 +89,7 @@ class AdapterSet:
 
     def _add(self, name: str, config: AdapterConfig, *, initialise: bool, strict: bool) -> AdapterConfig:
         found = Injected()
+        self._check_checkpointing()
         config = self.resolve_saved(config, found, strict=strict)
         plan = self._plan(config, strict=strict)
         if isinstance(config, TargetedConfig):
@@ -159,10 +160,10 @@ class AdapterSet:
         for path in saved:
             others = [n for n in tied_names(self.map, path) if n != path]
             if others and not tie and strict and not set(others) <= set(saved):
+                as_one = "set ensure_weight_tying=True to train both as one, or " * hasattr(config, "ensure_weight_tying")
                 problems.add(
                     f"modules_to_save trains {path!r}, whose weight is tied to {shortened(others)}: training one side "
-                    f"alone would break the tie (T6). Set ensure_weight_tying=True to train both as one, or name both "
-                    "to train them apart"
+                    f"alone would break the tie (T6); {as_one}name both to train them apart"
                 )
             plan.append(Placement(path, SavedModule))
             if tie:
@@ -226,9 +227,12 @@ class AdapterSet:
 
     def _resolved(self, config: TargetedConfig, plan: list[Placement]) -> TargetedConfig:
         """The configuration with targets by name where they were found by default, so that a file says them."""
-        if config.target_modules is not None and config.target_modules != "all-linear" and not config.target_scope:
-            return config
         own = method_for(config).adapter
+        if config.target_modules is not None and config.target_modules != "all-linear" and not config.target_scope:
+            tied = [p.path for p in plan if config.ensure_weight_tying and p.shares is not None and issubclass(p.adapter, own)]
+            if isinstance(config.target_modules, list) and tied:  # PEFT ties what is named
+                config = dataclasses.replace(config, target_modules=[*config.target_modules, *tied])
+            return config
         paths = [p.path for p in plan if p.parameter is None and p.shares is None and issubclass(p.adapter, own)]
         return dataclasses.replace(config, target_modules=compact_names(paths, self.map.modules))
 
@@ -367,10 +371,27 @@ class AdapterSet:
 
     def remember_state(self) -> None:
         """Make checkpointed blocks run again under the state they were first run with."""
-        for module in self.model.modules():
+        modules = [self.model, *self.map.modules.values()]  # not all of the tree: it grows with the adapters
+        for name, found in self.injected.items():
+            for path in found.saved:
+                modules += self.layers[path].adapters[name].modules()
+        for module in modules:
             function = module.__dict__.get("_gradient_checkpointing_func")
             if function is not None and not isinstance(function, replayed):
                 module.__dict__["_gradient_checkpointing_func"] = replayed(function, self.runtime)
+
+    def _check_checkpointing(self) -> None:
+        """Raise ConfigError where gradient checkpointing is on in a way that gives the adapters no gradients (T37)."""
+        model: Any = self.model
+        if getattr(model, "main_input_name", "input_ids") == "input_ids":
+            return
+        for module in model.modules():
+            function = module.__dict__.get("_gradient_checkpointing_func")
+            if module.__dict__.get("gradient_checkpointing") and getattr(function, "keywords", {}).get("use_reentrant"):
+                raise ConfigError(
+                    f"gradient checkpointing of {type(model).__name__} was switched on with use_reentrant=True, which needs "
+                    "inputs that take gradients; the frozen base does not give them (T37). Switch it on without that"
+                )
 
     # --- taking adapters out
 

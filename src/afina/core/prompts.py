@@ -131,6 +131,7 @@ class PromptFeeder:
         self.model = model
         self.encoder_decoder = bool(model.config.is_encoder_decoder)
         self.names = _parameters(model)
+        self.causal = False  # whether a token sees those before it alone
         self.handles = [model.register_forward_pre_hook(self, with_kwargs=True)]
         adapters.undo.append(self.remove)
         if self.encoder_decoder:
@@ -185,6 +186,8 @@ class PromptFeeder:
             _extend_mask(kwargs, n)
             _shift(kwargs, n)
             return
+        if self._pools_last():
+            self._mask_padding(kwargs)
         embeds = self._embeds(kwargs, prompt.output(), self.model, n)
         kwargs["inputs_embeds"], length = embeds, embeds.shape[1]
         _extend_mask(kwargs, n)
@@ -207,6 +210,13 @@ class PromptFeeder:
     def _pools_last(self) -> bool:
         """Whether the model classifies at the last token, which transformers cannot find without token ids (T22)."""
         return hasattr(self.model, "score") and getattr(self.model.config, "pad_token_id", None) is not None
+
+    def _mask_padding(self, kwargs: dict[str, Any]) -> None:
+        """Mask what follows the last token of each row, found by the padding's id where no mask is given."""
+        ids = kwargs.get("input_ids")
+        if kwargs.get("attention_mask") is None and ids is not None:
+            kept = (ids != self.model.config.pad_token_id).int()
+            kwargs["attention_mask"] = (kept.flip(1).cumsum(1).flip(1) > 0).long()
 
     @staticmethod
     def _embeds(kwargs: dict[str, Any], rows: torch.Tensor, model: Any, n: int) -> torch.Tensor:
@@ -261,8 +271,9 @@ class PromptFeeder:
         if make is not None and tokens.dim() == 2:  # the RoBERTa family counts from its padding token on
             return make.create_position_ids_from_input_ids(tokens, make.padding_idx, seen + n)
         mask = kwargs.get("attention_mask")
-        if mask is not None and mask.dim() == 2 and self.model.config.model_type == "opt":  # counts what is attended to
-            return ((mask.cumsum(1) + n) * mask - 1)[:, -tokens.shape[1] :].long()
+        if mask is not None and mask.dim() == 2 and self.causal:  # a row counts its own tokens, wherever its padding is
+            lowest = -1 if self.model.config.model_type == "opt" else 0  # what padding is given
+            return ((mask.cumsum(1) + n) * mask - 1).clamp(min=lowest)[:, -tokens.shape[1] :].long()
         positions = torch.arange(seen + n, seen + n + tokens.shape[1], device=tokens.device)
         return positions.expand(tokens.shape[0], -1)
 
@@ -311,6 +322,7 @@ class PromptFeeder:
                     "attn_implementation='sdpa'"
                 )
             attention.afina_prefix = (self.runtime, i)
+        self.causal = bool(getattr(attentions[0], "is_causal", False))
         for attention in attentions:
             if (kind := attention.config._attn_implementation) in _PREFIXED:
                 AttentionInterface.register(_PREFIXED[kind], _attend_sdpa if kind == "sdpa" else _attend_eager)
