@@ -18,7 +18,8 @@ def done(places, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "first"
     words = [
         "train", "--data", str(places / "rows.csv"), "--text", "message", "--label", "label",
-        "--model", str(places / "base"), "--output", str(output), "--epochs", "3", "--learning-rate", "1e-2", "r=3", "target_modules=query,value",
+        "--model", str(places / "base"), "--output", str(output), "--epochs", "3", "--learning-rate", "1e-2",
+        "r=3", "target_modules=query,value",
     ]  # fmt: skip
     code = f"import sys; sys.argv = {['afina', *words]!r}; from afina.cli.main import main; main()"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,8 +62,6 @@ def train(
     afina train --data messages.csv --text message --label label --output runs/messages
     """
     given = {name: value for name, value in locals().items() if name in PLACES and value is not None}
-    import time
-
     started = time.perf_counter()
     quiet()
     from afina.errors import Problems
@@ -75,13 +75,17 @@ def train(
     run = prepare(
         recipe, output, spell=lambda place: TYPED.get(place, place), problems=problems, overwrite=overwrite, resume=resume
     )
-    show_plan(run)
+    speaks = os.environ.get("RANK", "0") == "0"  # one of several processes that torchrun started
+    if speaks:
+        show_plan(run)
     if dry_run:
         console().print("\nNothing was trained or written (--dry-run).")
         return
-    heading("Training")
+    if speaks:
+        heading("Training")
     metrics = run.execute(show_line)
-    show_outcome(run, metrics, time.perf_counter() - started)
+    if speaks:
+        show_outcome(run, metrics, time.perf_counter() - started)
 
 
 def assemble(given: dict[str, Any], arguments: list[str], problems: Problems) -> Recipe:
@@ -215,14 +219,15 @@ def show_outcome(run: Run, metrics: dict[str, Any], seconds: float) -> None:
     table(["", *answers, "precision", "recall"], rows, right=[*answers, "precision", "recall"])
     train = metrics["train"]
     heading("Done")
+    difference = metrics["read_back"]["largest_difference"]
+    same = "the same answers" if difference == 0 else f"answers differ by {difference:.0e} at most"
     size = sum(p.stat().st_size for p in (run.output / "adapter").glob("*.safetensors"))
     pairs(
         {
             "kept": f"epoch {train['best_epoch']}",
             "took": f"{seconds:.0f} s, {train['seconds']:.0f} s of it training, {train['tokens_per_second']:,.0f} tokens/s, "
             f"{train['peak_memory_bytes'] / 2**30:.1f} GiB at most",
-            "adapter": f"{run.output / 'adapter'} ({size / 2**20:.1f} MiB; loaded again and compared: equal to "
-            f"{metrics['read_back']['largest_difference']:.0e})",
+            "adapter": f"{run.output / 'adapter'} ({size / 2**20:.1f} MiB; loaded again and compared: {same})",
             "figures": run.output / "metrics.json",
             "test rows": run.output / "predictions.csv",
             "split": run.output / "data",

@@ -12,6 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ class Fitted:
 def make_accelerator(precision: str) -> Accelerator:
     """The devices and processes there are; raises TrainingError where processes were started and are not seen (T44)."""
     AcceleratorState._reset_state()  # precision is kept per process otherwise, and a second run could not have another
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    alone = not torch.accelerator.is_available()  # else accelerate overlooks the processes that torchrun started
+    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=alone)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
         raise TrainingError(
@@ -162,13 +164,18 @@ def fit(
 
 
 @torch.no_grad()
-def predict(model: Any, task: Any, ids: Sequence[Sequence[int]], batch_size: int, accelerator: Accelerator) -> np.ndarray:
-    """Probabilities `[rows, classes]` in the order of the rows; nothing else is kept from batch to batch (T32)."""
+def predict(
+    model: Any, task: Any, ids: Sequence[Sequence[int]], batch_size: int, accelerator: Accelerator, *, exact: bool = False
+) -> np.ndarray:
+    """Probabilities `[rows, classes]` in the order of the rows; nothing else is kept from batch to batch (T32).
+
+    `exact` computes in float32 even where training did not, so that figures are those of the saved adapter anywhere.
+    """
     model.eval()
     answers = np.zeros((len(ids), len(task.labels)))
     for rows in sorted_batches([len(row) for row in ids], batch_size):
         batch = {k: v.to(accelerator.device) for k, v in task.collate([ids[i] for i in rows]).items()}
-        with accelerator.autocast():
+        with nullcontext() if exact else accelerator.autocast():
             logits = task.logits(model, batch)
         answers[rows] = torch.softmax(logits.double(), dim=-1).cpu().numpy()
     return answers
@@ -235,8 +242,6 @@ def _parts_of_step(
 
 def _together(accelerator: Accelerator, model: Any, *, last: bool) -> Any:
     """Gradients are exchanged with the last part of a step alone."""
-    from contextlib import nullcontext
-
     return nullcontext() if last else accelerator.no_sync(model)
 
 

@@ -150,6 +150,7 @@ class Run:
     def execute(self, tell: Callable[[dict[str, Any]], None] = lambda line: None) -> dict[str, Any]:
         """Train, test, save, read back; returns what `metrics.json` holds."""
         accelerator = make_accelerator(self.precision)
+        accelerator.wait_for_everyone()  # every process has looked at the output folder before one writes into it
         if accelerator.is_main_process:
             self._write_inputs()
         accelerator.wait_for_everyone()
@@ -160,7 +161,7 @@ class Run:
             tell=tell, resume=self.resume,
         )  # fmt: skip
         test = self.rows["test"]
-        probabilities = predict(self.model, self.task, test.ids, options.batch_size * 2, accelerator)
+        probabilities = predict(self.model, self.task, test.ids, options.batch_size * 2, accelerator, exact=True)
         metrics = self._metrics(fitted, probabilities)
         if accelerator.is_main_process:
             self._write_predictions(probabilities)

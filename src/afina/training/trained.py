@@ -54,4 +54,4 @@ class TrainedRun:
         accelerator = make_accelerator("fp32")
         length = self.recipe.training.max_length
         encoded = self.task.encode(texts, length, length or self.task.limit(self.model.get_base_model()))
-        return predict(self.model.to(accelerator.device), self.task, encoded.ids, batch_size, accelerator)
+        return predict(self.model.to(accelerator.device), self.task, encoded.ids, batch_size, accelerator, exact=True)
