@@ -30,7 +30,7 @@ from afina.core.injection import AdapterSet
 from afina.core.prompts import PromptFeeder, complete_prompt_config
 from afina.core.registry import method_for
 from afina.core.report import card, table
-from afina.core.vocabulary import fit_vocabulary, resized_embeddings, take_embeddings, tokenizer_hash, vocabulary_rows
+from afina.core.vocabulary import fit_vocabulary, holds_one_side, resized_embeddings, take_embeddings, tokenizer_hash, vocabulary_rows
 from afina.errors import (
     AdapterNameError,
     AlreadyAdaptedError,
@@ -385,8 +385,11 @@ class PeftModel(nn.Module):
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "README.md").exists():
-            (folder / "README.md").write_text(card(self.adapters, next(iter(states))), encoding="utf-8")
+        readme, written = folder / "README.md", card(self.adapters, next(iter(states)))
+        title = next(line for line in written.splitlines() if line.startswith("# "))
+        there = readme.read_text(encoding="utf-8") if readme.exists() else None
+        if there is None or ("\n- afina\n" in there and title not in there):  # a card of another adapter; one's own stays
+            readme.write_text(written, encoding="utf-8")
 
     def push_to_hub(
         self,
@@ -520,6 +523,10 @@ class PeftModel(nn.Module):
         unfit = fit_vocabulary(self.adapters, state, extra.get("vocabulary"), source)
         try:
             config = _retargeted(config, self.adapters, state)
+            if getattr(config, "ensure_weight_tying", False) and not config.trainable_token_indices:  # type: ignore[union-attr]
+                if holds_one_side(self.adapters, state):  # PEFT heeds the option for certain names of embeddings only
+                    logger.warning("%s: ensure_weight_tying=True, but its embeddings were not tied; nor are they here", source)
+                    config = _with(config, ensure_weight_tying=False)
             self._add(adapter_name, config, initialise=not strict, strict=False, bare=True)
             if adapter_name in self.prompt_encoder:
                 self._load_encoder(adapter_name, config, model_id, subfolder, hub, is_trainable)

@@ -129,6 +129,9 @@ def assign(
     if report.mismatched_keys:
         shapes = [f"{k} is {list(state[k].shape)}, expected {list(expected[k].shape)}" for k in report.mismatched_keys]
         problems.add(f"{len(shapes)} keys have another shape: {shortened(shapes, 12)}")
+    broken = sorted(k for k, t in state.items() if t.is_floating_point() and not bool(torch.isfinite(t).all()))
+    if broken:
+        problems.add(f"{len(broken)} tensors hold values that are not finite: {shortened(broken, 12)}")
     if problems.found and not strict:
         logger.warning("%s: %s", source, "; ".join(problems.found))
     problems.found = problems.found if strict else []

@@ -146,7 +146,7 @@ class PromptFeeder:
         plain = {changed: kind for kind, changed in _PREFIXED.items()}
         for module in self.model.modules():
             module.__dict__.pop("afina_prefix", None)
-            config = getattr(module, "config", None)
+            config: Any = getattr(module, "config", None)
             if (kind := getattr(config, "_attn_implementation", None)) in plain:
                 config._attn_implementation = plain[kind]
 
@@ -271,9 +271,12 @@ class PromptFeeder:
         if make is not None and tokens.dim() == 2:  # the RoBERTa family counts from its padding token on
             return make.create_position_ids_from_input_ids(tokens, make.padding_idx, seen + n)
         mask = kwargs.get("attention_mask")
-        if mask is not None and mask.dim() == 2 and self.causal:  # a row counts its own tokens, wherever its padding is
-            lowest = -1 if self.model.config.model_type == "opt" else 0  # what padding is given
-            return ((mask.cumsum(1) + n) * mask - 1).clamp(min=lowest)[:, -tokens.shape[1] :].long()
+        if mask is not None and mask.dim() == 2 and self.model.config.model_type == "opt":  # counts what is attended to
+            return ((mask.cumsum(1) + n) * mask - 1)[:, -tokens.shape[1] :].long()
+        if mask is not None and mask.dim() == 2 and self.causal:  # a row counts from its first token, padded left or not
+            front = (mask.cumsum(1) == 0).sum(1, keepdim=True)
+            places = torch.arange(mask.shape[1], device=mask.device) - front
+            return (places.clamp(min=0) + n)[:, -tokens.shape[1] :]
         positions = torch.arange(seen + n, seen + n + tokens.shape[1], device=tokens.device)
         return positions.expand(tokens.shape[0], -1)
 
