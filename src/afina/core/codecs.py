@@ -101,7 +101,8 @@ class BitsAndBytesInt8(WeightCodec):
         import bitsandbytes as bnb
 
         old, half = layer.weight, weight.detach().to("cpu", torch.float16)
-        layer._parameters["weight"] = bnb.nn.Int8Params(half, requires_grad=False, has_fp16_weights=False).to(old.device)
+        made: Any = bnb.nn.Int8Params(half, requires_grad=False, has_fp16_weights=False)
+        layer._parameters["weight"] = made.to(old.device)
         layer.state = copy.copy(layer.state)  # the old state stays with the old Parameter
         layer.state.CB = layer.state.SCB = None
 
@@ -162,7 +163,7 @@ class BitsAndBytes4Bit(WeightCodec):
             compress_statistics=bool(state.nested or getattr(state, "original_nested", False)),
             module=layer,
         )
-        layer._parameters["weight"] = new.to(old.device)
+        layer._parameters["weight"] = new.to(old.device)  # type: ignore[misc]
 
 
 CODECS: tuple[WeightCodec, ...] = (BitsAndBytesInt8(), BitsAndBytes4Bit(), Plain(), Opaque())

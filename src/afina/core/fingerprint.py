@@ -67,7 +67,7 @@ def differences(stored: dict[str, Any], adapters: AdapterSet, rename: tuple[str,
 
 def _configs(model: Any) -> tuple[Any, Any]:
     """Configuration of a model and, within it, that of its language model: a multimodal model holds both."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config, config.get_text_config() if hasattr(config, "get_text_config") else config
 
 

@@ -504,7 +504,7 @@ def new_modules(modules: ModuleMap) -> list[str]:
             "save_pretrained and load that"
         )
     new += [o for o in owners if o in modules.modules and not any(o == n or o.startswith(f"{n}.") for n in new)]
-    output = getattr(modules.model, "get_output_embeddings", lambda: None)()
+    output: Any = getattr(modules.model, "get_output_embeddings", lambda: None)()
     resized = [n for n in new if modules.modules[n] is output]
     if resized and rows_of_checkpoint(modules.model) not in (None, output.weight.shape[0]):
         new = [n for n in new if n not in resized]

@@ -335,7 +335,7 @@ def view_of(layer: nn.Module, parameter: str | None = None) -> LayerView:
     if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return ConvView(layer, layer.in_channels, layer.out_channels)
     if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):
-        n_in, n_out = layer.weight.shape
+        n_in, n_out = layer.weight.shape  # type: ignore[misc]
         return TransposedView(layer, n_in, n_out)
     if is_norm(layer):
         n = int(layer._parameters["weight"].shape[0])  # type: ignore[union-attr]
