@@ -80,7 +80,7 @@ class PeftModel(nn.Module):
     task_type: ClassVar[str | None] = None
 
     def __new__(cls, model: nn.Module, *args: Any, **kwargs: Any) -> PeftModel:
-        return super().__new__(_class_for(_plain(cls), type(model)))
+        return super().__new__(_class_for(_plain(cls), type(model)))  # type: ignore[arg-type]
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class PeftModel(nn.Module):
         """The base model's `generate` under the active adapters, or with one adapter a row, also with beams."""
         self.adapters.set_rows(self._checked_rows(adapter_names, args, kwargs))
         try:
-            return self.base_model.model.generate(*args, **kwargs)
+            return self.base_model.model.generate(*args, **kwargs)  # type: ignore[operator]
         finally:
             self.adapters.set_rows(None)
 
@@ -373,7 +373,7 @@ class PeftModel(nn.Module):
             config = _with(self.peft_config[name], inference_mode=True, peft_version=None)
             state = {**resized_embeddings(self.adapters, state, save_embedding_layers), **state}
             prompt = self.prompt_encoder[name] if name in self.prompt_encoder else None
-            encoder: Any = prompt.encoder_state() if prompt is not None else {}
+            encoder: Any = prompt.encoder_state() if prompt is not None else {}  # type: ignore[operator]
             extra = {
                 "format": 1,
                 "base": fingerprint(self.adapters),
@@ -469,7 +469,7 @@ class PeftModel(nn.Module):
         read = config or AdapterConfig.from_pretrained(model_id, subfolder=subfolder, **hub)
         if cls is PeftModel and read.task_type:
             cls = MODEL_TYPES[read.task_type]  # noqa: PLW0642
-        wrapped: PeftModel = _class_for(_plain(cls), type(model)).__new__(cls, model)
+        wrapped: PeftModel = _class_for(_plain(cls), type(model)).__new__(cls, model)  # type: ignore[arg-type]
         nn.Module.__init__(wrapped)
         wrapped._wrap(model)
         try:
@@ -658,7 +658,7 @@ def _plain(cls: type[PeftModel]) -> type[PeftModel]:
 
 
 def _rebuild(cls: type[PeftModel], base: type[nn.Module]) -> PeftModel:
-    made = _class_for(cls, base)
+    made = _class_for(cls, base)  # type: ignore[arg-type]
     return object.__new__(made)
 
 

@@ -82,12 +82,23 @@ def save(model: Any, folder: Path) -> Path:
 
 
 def logits(model: Any, name: str) -> torch.Tensor:
+    """The output on `batch(name)`, zero where the input is padding: nothing is meant to depend on that."""
     model.eval()
+    data = batch(name)
     with torch.no_grad(), peft_warnings():
-        out = model(**batch(name))
-    if "logits" in out:
-        return out["logits"]
-    return torch.stack([out["start_logits"], out["end_logits"]])
+        out = model(**data)
+    found = out["logits"] if "logits" in out else torch.stack([out["start_logits"], out["end_logits"]], -1)
+    mask = data.get("attention_mask")
+    if (
+        mask is None
+        or found.dim() < 3
+        or "labels" in data
+        and data["labels"].dim() == 2
+        and data["labels"].shape != mask.shape
+    ):
+        return found
+    front = torch.ones(len(mask), found.shape[1] - mask.shape[1])
+    return found * torch.cat([front, mask], 1).unsqueeze(-1)
 
 
 def loss_of(model: Any, name: str) -> torch.Tensor:
@@ -102,7 +113,7 @@ def stored(package: Any, model: Any) -> dict[str, torch.Tensor]:
 
 def plain(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Without what PEFT stores beyond the adapter: a head's bias twice more, an embedding nobody changed."""
-    beyond = (".modules_to_save.", ".original_module.", "embed_tokens.base_layer.weight")
+    beyond = (".modules_to_save.", ".original_module.", ".base_layer.weight")
     return {key: tensor for key, tensor in state.items() if not any(b in key for b in beyond)}
 
 
@@ -178,6 +189,19 @@ LORA = [
     Case("llama-tied", options={"modules_to_save": ["lm_head"], "ensure_weight_tying": True}),
     Case("llama-tied", options={"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}),
     Case("llama-tied", options={"modules_to_save": ["embed_tokens", "lm_head"]}),
+    # PEFT ties by name: "wte" is none of the names it knows, and the option stays in the file without having acted
+    Case("gpt2", options={"modules_to_save": ["wte"], "ensure_weight_tying": True}, same_files=False),
+    Case("gpt2", options={"modules_to_save": ["lm_head"], "ensure_weight_tying": True}),
+    Case("gpt2", options={"target_modules": ["wte"], "ensure_weight_tying": True}, same_files=False),
+    Case("llama-tied", options={"trainable_token_indices": {"embed_tokens": [3, 4], "lm_head": [5]}}),
+    Case("llama-tied", options={"trainable_token_indices": {"lm_head": [5]}}),
+    Case("llama-tied", options={"trainable_token_indices": [3, 4], "ensure_weight_tying": True}),
+    Case("llama-tied", options={"target_modules": ["lm_head", "q_proj"]}),
+    Case("llama-tied", options={"target_modules": ["embed_tokens"]}),
+    Case("bart", options={"trainable_token_indices": [3, 4]}),
+    Case("whisper", options={"target_modules": ["proj_out", "q_proj"]}),
+    # PEFT writes what these names have become in the present transformers: parameters of fused experts
+    Case("mixtral", options={"target_modules": "all-linear"}, same_files=False),
 ]
 DORA = [
     *[Case(m, options={"use_dora": True}) for m in ALL_TEXT],
@@ -236,4 +260,8 @@ PROMPTS = [
         if not p or m in ("bert", "gpt2", "t5")
     ],
 ]
-CASES = [*LORA, *DORA, *IA3, *LAYERS, *PROMPTS]
+HEADS = [
+    Case("llama", "IA3Config", {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"], "feedforward_modules": []}),
+    Case("llama", "LNTuningConfig", {"modules_to_save": ["lm_head"]}),
+]
+CASES = [*LORA, *DORA, *IA3, *LAYERS, *HEADS, *PROMPTS]

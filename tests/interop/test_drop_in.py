@@ -182,12 +182,13 @@ def test_several_adapters_in_one_batch_and_combined(package: Any) -> None:
             alone[name] = logits(model, "llama")
         with model.disable_adapter():
             alone["__base__"] = logits(model, "llama")
+        seen = batch("llama")["attention_mask"].unsqueeze(-1)
         names = ["b", "__base__", "default"]
         model.eval()
         with torch.no_grad():
             mixed = model(**batch("llama"), adapter_names=names)["logits"]
         for row, name in enumerate(names):
-            assert_close(mixed[row], alone[name][row], "output")
+            assert_close(mixed[row] * seen[row], alone[name][row], "output")
         model.set_adapter("b")
         model.add_weighted_adapter(["default"], [1.0], "copy", combination_type="cat")
         model.add_weighted_adapter(["default", "b"], [0.3, 0.7], "sum", combination_type="cat")

@@ -14,7 +14,7 @@ from afina.errors import CheckpointError
 if TYPE_CHECKING:
     from afina.core.injection import AdapterSet
 
-__all__ = ["fit_vocabulary", "resized_embeddings", "rows_of_checkpoint", "take_embeddings", "tokenizer_hash", "vocabulary_rows"]
+__all__ = ["fit_vocabulary", "holds_one_side", "resized_embeddings", "rows_of_checkpoint", "take_embeddings", "tokenizer_hash", "vocabulary_rows"]
 
 PREFIX = "base_model.model."
 
@@ -46,6 +46,14 @@ def _embeddings(adapters: AdapterSet) -> dict[str, torch.Tensor]:
 def vocabulary_rows(adapters: AdapterSet) -> int | None:
     """Rows of the input embedding, or None where the model has no such table."""
     return next((int(weight.shape[0]) for weight in _embeddings(adapters).values()), None)
+
+
+def holds_one_side(adapters: AdapterSet, state: dict[str, torch.Tensor]) -> bool:
+    """Whether a file holds something for one side of tied embeddings and nothing for the other."""
+    here = _embeddings(adapters)
+    tied = len(here) == 2 and len({id(weight) for weight in here.values()}) == 1
+    sides = [any(key.startswith(f"{PREFIX}{path}.") for key in state) for path in here]
+    return tied and any(sides) and not all(sides)
 
 
 def resized_embeddings(adapters: AdapterSet, state: dict[str, Any], save: str | bool) -> dict[str, torch.Tensor]:
