@@ -77,7 +77,7 @@ def test_dropout_acts_on_the_input_of_the_product_alone(grad: bool) -> None:
 
 
 @pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 1 - 1e-9, 1.0])
-@pytest.mark.parametrize("shape", [(101, 1009), (1,), (0,), (3, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(101, 1009), (101, 1012), (1,), (0,), (3, 1)], ids=str)
 def test_dropout_keeps_the_mean_and_drops_the_share(p: float, shape: tuple[int, ...]) -> None:
     torch.manual_seed(1)
     x = torch.ones(shape)

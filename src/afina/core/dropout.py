@@ -19,13 +19,19 @@ def keep_mask(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
     Each is dropped with the multiple of 2**-16 next to p, but neither never nor always for 0 < p < 1.
     """
     keep = min(max(round((1.0 - p) * _STEPS), 1), _STEPS - 1) if p < 1.0 else 0
-    n = x.numel()
-    if x.device.type == "cpu":
-        bits = torch.empty((n + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        kept = (bits[:n] < keep - _STEPS // 2).view(x.shape)
-    else:
+    if not x.is_cpu:
         kept = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(keep / _STEPS)
+    elif x.dim() and x.shape[-1] % 4 == 0:
+        kept = _bits(*x.shape[:-1], x.shape[-1] // 4) < keep - _STEPS // 2
+    else:
+        n = x.numel()
+        kept = (_bits((n + 3) // 4)[:n] < keep - _STEPS // 2).view(x.shape)
     return kept, _STEPS / keep if keep else 1.0
+
+
+def _bits(*shape: int) -> torch.Tensor:
+    """Random integers of 16 bits, four for each of the last dimension."""
+    return torch.empty(shape, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
 
 
 def drop(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
