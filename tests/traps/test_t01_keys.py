@@ -61,8 +61,9 @@ def test_t01_every_wrong_key_is_listed(saved):
 
 def test_t01_an_adapter_of_other_names_does_not_load_as_nothing(saved):
     """The report of users: all keys are unused, and the model answers like its base. PEFT only warns."""
-    import peft
     import warnings
+
+    import peft
 
     folder, expected = saved
     rewrite(folder, lambda state: {k.replace("lora_A", "lora_a").replace("lora_B", "lora_b"): t for k, t in state.items()})

@@ -8,7 +8,15 @@ import transformers as tf
 from torch import nn
 from trap_models import bert, gpt2, llama, llava, logits, moe, stir, t5, trainable, vit
 
-from afina import BottleneckConfig, IA3Config, LastLayersConfig, LNTuningConfig, LoraConfig, PromptTuningConfig, get_peft_model
+from afina import (
+    BottleneckConfig,
+    IA3Config,
+    LastLayersConfig,
+    LNTuningConfig,
+    LoraConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from afina.errors import TargetError
 
 LINE = re.compile(r"^(\S+)\s+x(\d+)\s+([\d,]+)\s+(.+)$")
