@@ -95,7 +95,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.refuse("NotFound")
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815
 
     def listing(self, repo: str, kind: str | None, revision: str) -> None:
         if not self.allowed(repo):

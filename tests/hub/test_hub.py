@@ -20,15 +20,26 @@ def ran(tmp_path_factory):
     hub.commit("tester/half", {"adapter_config.json": b'{"peft_type": "LORA", "r": 3, "target_modules": ["q_proj"]}'})
     server, address = hub.serve()
     settings = {
-        "HF_ENDPOINT": address, "HF_HOME": str(folder / "cache"), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1",
-        "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
-    }  # fmt: skip
+        "HF_ENDPOINT": address,
+        "HF_HOME": str(folder / "cache"),
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "OMP_NUM_THREADS": "1",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+    }
     try:
         done = subprocess.run(
-            [sys.executable, str(HERE / "client.py"), str(folder)], env={**os.environ, **settings}, capture_output=True, text=True,
-            timeout=120, check=False,
-        )  # fmt: skip
+            [sys.executable, str(HERE / "client.py"), str(folder)],
+            env={**os.environ, **settings},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
     finally:
         server.shutdown()
         server.server_close()

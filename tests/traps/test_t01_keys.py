@@ -65,7 +65,7 @@ def test_t01_an_adapter_of_other_names_does_not_load_as_nothing(saved):
 
     import peft
 
-    folder, expected = saved
+    folder, _expected = saved
     rewrite(folder, lambda state: {k.replace("lora_A", "lora_a").replace("lora_B", "lora_b"): t for k, t in state.items()})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -106,7 +106,7 @@ def test_t01_loading_into_nothing_is_counted(saved):
 
 
 def test_t01_an_error_leaves_other_adapters_as_they_were(saved):
-    folder, expected = saved
+    folder, _expected = saved
     rewrite(folder, lambda state: {k + "x": t for k, t in state.items()})
     model = stir(get_peft_model(bert(), LoraConfig(r=2, task_type="SEQ_CLS")))
     before = logits(model)

@@ -55,7 +55,10 @@ def test_t02_the_cures_of_the_message_work(tmp_path):
     torch.testing.assert_close(logits(base), logits(llama()), rtol=0, atol=0)
     assert AdapterSet.of(base) is None
     torch.testing.assert_close(
-        logits(PeftModel.from_pretrained(base, tmp_path)), logits(PeftModel.from_pretrained(llama(), tmp_path)), rtol=0, atol=0
+        logits(PeftModel.from_pretrained(base, tmp_path)),
+        logits(PeftModel.from_pretrained(llama(), tmp_path)),
+        rtol=0,
+        atol=0,
     )
 
 

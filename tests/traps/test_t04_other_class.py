@@ -43,8 +43,14 @@ def test_t04_the_adapter_is_found_under_another_class(case, which, outward, tmp_
     if not outward and which == 2:
         targets = [prefix + t for t in targets]
     if not outward and which == 1:
-        targets = [f"{prefix}{n}" for n, m in make(body).named_modules() if "weight" in m._parameters and m.weight.dim() == 2
-                   and not isinstance(m, torch.nn.Embedding) and "pooler" not in n]  # fmt: skip
+        targets = [
+            f"{prefix}{n}"
+            for n, m in make(body).named_modules()
+            if "weight" in m._parameters
+            and m.weight.dim() == 2
+            and not isinstance(m, torch.nn.Embedding)
+            and "pooler" not in n
+        ]
     model = stir(get_peft_model(first, LoraConfig(r=3, target_modules=targets)))
     if not outward and which == 0:
         assert not model.peft_config["default"].modules_to_save
@@ -59,8 +65,11 @@ def test_t04_the_adapter_is_found_under_another_class(case, which, outward, tmp_
     assert prefix in caplog.text
     # and back again, from what is saved now
     loaded.save_pretrained(tmp_path / "again")
-    back = PeftModel.from_pretrained(same_body(model.get_base_model(), make(body if outward else headed)), tmp_path / "again") \
-        if which == 0 else None  # fmt: skip
+    back = (
+        PeftModel.from_pretrained(same_body(model.get_base_model(), make(body if outward else headed)), tmp_path / "again")
+        if which == 0
+        else None
+    )
     if back is not None:
         torch.testing.assert_close(hidden(back.get_base_model().base_model), expected, rtol=0, atol=0)
 
@@ -68,8 +77,15 @@ def test_t04_the_adapter_is_found_under_another_class(case, which, outward, tmp_
 def test_t04_patterns_and_feedforward_names_are_renamed_too(tmp_path):
     base = llama(tf.LlamaModel)
     pattern = {r"layers\.1\.self_attn\.q_proj": 5}
-    model = get_peft_model(base, LoraConfig(r=3, target_modules=["layers.1.self_attn.q_proj", "layers.0.self_attn.q_proj"],
-                                            rank_pattern=pattern, alpha_pattern={r"layers\.1\.self_attn\.q_proj": 30}))  # fmt: skip
+    model = get_peft_model(
+        base,
+        LoraConfig(
+            r=3,
+            target_modules=["layers.1.self_attn.q_proj", "layers.0.self_attn.q_proj"],
+            rank_pattern=pattern,
+            alpha_pattern={r"layers\.1\.self_attn\.q_proj": 30},
+        ),
+    )
     stir(model).save_pretrained(tmp_path / "lora")
     loaded = PeftModel.from_pretrained(same_body(base, llama()), tmp_path / "lora")
     torch.testing.assert_close(hidden(loaded.get_base_model().base_model), hidden(model), rtol=0, atol=0)
@@ -107,7 +123,9 @@ def test_t04_a_whole_name_in_a_string_is_renamed(tmp_path):
     loaded = PeftModel.from_pretrained(same_body(base, llama(tf.LlamaModel)), tmp_path)
     assert isinstance(loaded.peft_config["default"], TrainableTokensConfig)
     with torch.no_grad():
-        torch.testing.assert_close(hidden(loaded, input_ids=rows), theirs.base_model.model.model(input_ids=rows).last_hidden_state)
+        torch.testing.assert_close(
+            hidden(loaded, input_ids=rows), theirs.base_model.model.model(input_ids=rows).last_hidden_state
+        )
 
 
 @pytest.mark.parametrize("tower", [1, 2, 5], ids=["small tower", "equal tower", "large tower"])

@@ -100,9 +100,7 @@ def test_t05_heads_under_any_name(targets, folder, tmp_path):
 
 
 def test_t05_a_pooler_missing_in_the_checkpoint(tmp_path):
-    tf.BertModel(
-        bert().config, add_pooling_layer=False
-    ).save_pretrained(tmp_path / "base")
+    tf.BertModel(bert().config, add_pooling_layer=False).save_pretrained(tmp_path / "base")
     base = fresh(tmp_path / "base")
     model = stir(get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS")))
     assert set(model.peft_config["default"].modules_to_save) == {"bert.pooler", "classifier"}

@@ -61,7 +61,7 @@ def test_t07_everything_excluded():
     text = refused(llama(), LoraConfig(target_modules=["q_proj"], exclude_modules=r".*\.self_attn\..*"))
     assert "excluded" in text
     model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], exclude_modules=["layers.0.self_attn.q_proj"]))
-    assert [n for n in model.adapters.layers] == ["model.layers.1.self_attn.q_proj"]
+    assert list(model.adapters.layers) == ["model.layers.1.self_attn.q_proj"]
 
 
 def test_t07_an_exclusion_that_matches_nothing():
@@ -118,7 +118,9 @@ def test_t07_a_regular_expression_that_matches_nothing():
         LoraConfig(target_modules="*q_proj")
 
 
-@pytest.mark.parametrize("config", [LoraConfig(target_modules=[]), LNTuningConfig(target_modules=[])], ids=lambda c: c.peft_type)
+@pytest.mark.parametrize(
+    "config", [LoraConfig(target_modules=[]), LNTuningConfig(target_modules=[])], ids=lambda c: c.peft_type
+)
 def test_t07_no_target_at_all(config):
     text = refused(llama(), config)
     assert "target_modules" in text

@@ -57,7 +57,9 @@ def relative(got, want):
 
 
 @pytest.mark.parametrize("kind", ["linear", "cat", "svd"])
-@pytest.mark.parametrize("kinds", [("plain", "rslora"), ("plain", "dora"), ("patterns", "rslora", "plain"), ("embedding", "plain")], ids=str)
+@pytest.mark.parametrize(
+    "kinds", [("plain", "rslora"), ("plain", "dora"), ("patterns", "rslora", "plain"), ("embedding", "plain")], ids=str
+)
 @pytest.mark.parametrize("weights", [(0.7, 0.4, 1.3), (1.0, -1.0, -0.5)], ids=str)
 def test_t11_linear_combinations_are_exact(kinds, kind, weights):
     model = build(*kinds)
@@ -114,7 +116,16 @@ def test_t11_the_error_of_truncation_is_the_measured_one(kinds, rank, caplog):
         assert float((got[key] - delta).norm()) == pytest.approx(float(best), rel=1e-3, abs=1e-5)
 
 
-PRUNING = ["ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd"]
+PRUNING = [
+    "ties",
+    "ties_svd",
+    "dare_linear",
+    "dare_linear_svd",
+    "dare_ties",
+    "dare_ties_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+]
 
 
 @pytest.mark.parametrize("kind", PRUNING)

@@ -12,8 +12,11 @@ from afina import LoraConfig, PeftModel, get_peft_model
 
 
 def combined(combination_type="linear", **options):
-    model = get_peft_model(llama(num_hidden_layers=12), LoraConfig(
-        r=3, target_modules=["q_proj", "down_proj"], rank_pattern={r"layers\.1\.mlp\.down_proj": 5}), adapter_name="a")  # fmt: skip
+    model = get_peft_model(
+        llama(num_hidden_layers=12),
+        LoraConfig(r=3, target_modules=["q_proj", "down_proj"], rank_pattern={r"layers\.1\.mlp\.down_proj": 5}),
+        adapter_name="a",
+    )
     model.add_adapter("b", LoraConfig(r=2, lora_alpha=7, target_modules=["q_proj", "v_proj"], layers_to_transform=[0, 11]))
     stir(stir(model, "a", scale=0.1), "b", seed=5, scale=0.1)
     model.add_weighted_adapter(["a", "b"], [0.6, 0.8], "default", combination_type=combination_type, **options)
@@ -21,8 +24,9 @@ def combined(combination_type="linear", **options):
     return model
 
 
-@pytest.mark.parametrize("options", [{}, {"combination_type": "ties", "density": 0.6}, {"combination_type": "svd", "svd_rank": 2}],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options", [{}, {"combination_type": "ties", "density": 0.6}, {"combination_type": "svd", "svd_rank": 2}], ids=str
+)
 def test_t12_a_combination_is_loaded_again(options, tmp_path):
     model = combined(**options)
     expected = logits(model)
@@ -56,7 +60,9 @@ def test_t12_a_combination_can_be_combined_and_merged_again(tmp_path):
     got = logits(model)
     model.set_adapter("a")
     only = get_peft_model(llama(num_hidden_layers=12), model.peft_config["a"])
-    only.load_state_dict({k.replace(".a.", ".default."): v for k, v in model.state_dict().items() if ".adapters.a." in k}, strict=False)
+    only.load_state_dict(
+        {k.replace(".a.", ".default."): v for k, v in model.state_dict().items() if ".adapters.a." in k}, strict=False
+    )
     for adapter in only.adapters.adapters("default"):
         adapter.scaling *= 0.6
     torch.testing.assert_close(got, logits(only), rtol=1e-4, atol=1e-4)

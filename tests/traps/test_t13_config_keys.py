@@ -50,8 +50,15 @@ def test_t13_keys_that_mean_something_are_errors_told_together(saved):
     with pytest.raises(ConfigError) as error:
         PeftModel.from_pretrained(llama(), folder)
     text = str(error.value)
-    for part in ("use_tomorrow=True", "rr=5", "Did you mean 'r'", "use_qalora=True", "qalora_group_size=8", "PEFT 0.99.1 knows it",
-                 "adapter_config.json"):  # fmt: skip
+    for part in (
+        "use_tomorrow=True",
+        "rr=5",
+        "Did you mean 'r'",
+        "use_qalora=True",
+        "qalora_group_size=8",
+        "PEFT 0.99.1 knows it",
+        "adapter_config.json",
+    ):
         assert part in text, part
     rewrite(folder, peft_version=None)
     with pytest.raises(ConfigError, match="the version that wrote the file"):

@@ -45,7 +45,7 @@ def test_t15_targets_can_be_scoped(targets, scope):
         with pytest.raises(TargetError, match="target"):
             get_peft_model(llava(), config)
         return
-    names = [n for n in trainable(get_peft_model(llava(), config))]
+    names = list(trainable(get_peft_model(llava(), config)))
     assert names
     assert all(name.startswith(f"base_model.model.{scope}.") for name in names)
 
@@ -63,7 +63,7 @@ def test_t15_the_report_previews_what_is_hit():
 
 def test_t15_a_text_model_has_no_scope():
     assert get_peft_model(llama(), LoraConfig()).peft_config["default"].target_modules == ["q_proj", "v_proj"]
-    with pytest.raises(TargetError, match="target_scope entry 'model.language_modle'") as error:
+    with pytest.raises(TargetError, match=r"target_scope entry 'model\.language_modle'") as error:
         get_peft_model(llava(), LoraConfig(target_scope=["model.language_modle"]))
     assert "'model.language_model'" in str(error.value)
 
@@ -75,11 +75,7 @@ def test_t15_prompts_go_into_the_language_model(config):
     ids = torch.tensor([[5, 96, 96, 96, 96, 9, 11]])
     inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 14, 14), "attention_mask": torch.ones_like(ids)}
     plain = logits(base, **inputs)
-    try:
-        model = get_peft_model(base, config(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    except TargetError as error:
-        assert "not supported" in str(error) or "attention modules" in str(error)
-        return
+    model = get_peft_model(base, config(task_type="CAUSAL_LM", num_virtual_tokens=3))
     assert not any(TOWER in name for name in trainable(model))
     got = logits(model, **inputs)
     assert got.shape[-1] == VOCAB

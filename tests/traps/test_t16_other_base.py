@@ -69,7 +69,9 @@ def test_t16_the_same_base_quantised_loads_and_another_does_not(bits, saved, tmp
 
     def quantised(seed):
         llama(seed=seed, **WIDE).save_pretrained(tmp_path / f"base{seed}")
-        return tf.AutoModelForCausalLM.from_pretrained(tmp_path / f"base{seed}", quantization_config=quantisation, device_map="cpu")
+        return tf.AutoModelForCausalLM.from_pretrained(
+            tmp_path / f"base{seed}", quantization_config=quantisation, device_map="cpu"
+        )
 
     loaded = PeftModel.from_pretrained(quantised(0), folder)
     assert float((logits(loaded).float() - expected).norm() / expected.norm()) < (0.1 if bits == 8 else 0.5)
@@ -77,14 +79,19 @@ def test_t16_the_same_base_quantised_loads_and_another_does_not(bits, saved, tmp
         PeftModel.from_pretrained(quantised(1), folder)
     # and the other way: trained over the quantised base, loaded on the whole one
     loaded.save_pretrained(tmp_path / "again")
-    torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(**WIDE), tmp_path / "again")), expected, rtol=0, atol=0)
+    torch.testing.assert_close(
+        logits(PeftModel.from_pretrained(llama(**WIDE), tmp_path / "again")), expected, rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize(
     ("other", "part"),
     [
         (lambda: llama(num_hidden_layers=3, **WIDE), "num_hidden_layers was 2, here it is 3"),
-        (lambda: llama(num_attention_heads=2, num_key_value_heads=1, hidden_size=64, intermediate_size=64, head_dim=32), "another"),
+        (
+            lambda: llama(num_attention_heads=2, num_key_value_heads=1, hidden_size=64, intermediate_size=64, head_dim=32),
+            "another",
+        ),
     ],
 )
 def test_t16_other_sizes_are_named(other, part, saved):
@@ -110,7 +117,9 @@ def test_t16_what_training_changes_does_not_count(way, tmp_path):
     options = {"modules_to_save": {"modules_to_save": ["ln_f", "wpe"]}, "biases": {"bias": "all"}}.get(way, {})
     if way == "resized":
         base.resize_token_embeddings(101, mean_resizing=False)
-    model = stir(get_peft_model(base, LoraConfig(r=3, target_modules=["c_attn", "c_proj", "c_fc", "wte"], **options)), scale=1.0)
+    model = stir(
+        get_peft_model(base, LoraConfig(r=3, target_modules=["c_attn", "c_proj", "c_fc", "wte"], **options)), scale=1.0
+    )
     expected = logits(model)
     if way == "merged":
         model.merge_adapter()
@@ -148,5 +157,5 @@ def test_t16_a_broken_fingerprint_file(saved):
     assert kept["base"]["weights"]
     for text in ("{", "[1]", "3"):
         (folder / "afina.json").write_text(text)
-        with pytest.raises(CheckpointError, match="afina.json"):
+        with pytest.raises(CheckpointError, match=r"afina\.json"):
             PeftModel.from_pretrained(llama(**WIDE), folder)

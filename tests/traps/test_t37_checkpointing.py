@@ -108,6 +108,7 @@ def test_t37_reentrant_on_pictures_is_refused_before_wrapping_too():
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_t37_mixed_batches_and_disabled_adapters_between_forward_and_backward(reentrant, when):
     """The blocks run again in backward, when another call may have changed which adapters act."""
+
     def make():
         model = get_peft_model(llama(), LoraConfig(r=3), adapter_name="a")
         model.add_adapter("b", LoraConfig(r=5, target_modules=["o_proj", "down_proj"]))
@@ -125,6 +126,7 @@ def test_t37_mixed_batches_and_disabled_adapters_between_forward_and_backward(re
                     model(input_ids=ids(2))
                 model(input_ids=ids(3), adapter_names=["b", "b", "a"])
                 model(input_ids=ids(2))
+
         return call
 
     inputs = feed("llama")

@@ -66,7 +66,12 @@ class Rows(torch.utils.data.Dataset):
     def __getitem__(self, i):
         row = ids(1, 6, seed=i)[0]
         if self.name == "bert answers":
-            return {"input_ids": row, "start_positions": torch.tensor(i % 6), "end_positions": torch.tensor(5), "text": "not a column"}
+            return {
+                "input_ids": row,
+                "start_positions": torch.tensor(i % 6),
+                "end_positions": torch.tensor(5),
+                "text": "not a column",
+            }
         if self.name == "vit":
             return {"pixel_values": torch.randn(3, 14, 14), "labels": torch.tensor(i % 3), "text": "not a column"}
         labels = torch.tensor(i % 3) if name_of_rows(self.name) else row % 3
@@ -79,9 +84,19 @@ def name_of_rows(name):
 
 def run(model, name, folder, **options):
     args = TrainingArguments(
-        str(folder), max_steps=2, per_device_train_batch_size=3, per_device_eval_batch_size=4, eval_strategy="steps", eval_steps=1,
-        report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True, learning_rate=0.01, **options,
-    )  # fmt: skip
+        str(folder),
+        max_steps=2,
+        per_device_train_batch_size=3,
+        per_device_eval_batch_size=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+        learning_rate=0.01,
+        **options,
+    )
     trainer = Trainer(model, args, train_dataset=Rows(name), eval_dataset=Rows(name))
     trainer.train()
     return trainer, [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
@@ -104,6 +119,7 @@ def test_t39_trainer_gives_an_eval_loss(name, config, tmp_path):
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_t39_the_loss_is_that_of_the_same_model_unwrapped(name, tmp_path):
     """Before training a LoRA is the identity: Trainer's eval loss equals the base's, also after save and load."""
+
     def evaluate(model):
         args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True)
         return Trainer(model, args, eval_dataset=Rows(name)).evaluate()["eval_loss"]
@@ -119,8 +135,11 @@ def test_t39_the_loss_is_that_of_the_same_model_unwrapped(name, tmp_path):
 def test_t39_accumulation_is_asked_of_the_base(name):
     """Trainer divides the loss itself unless the model says that it takes the number of targets."""
     base = MODELS[name]()
-    want = getattr(base, "accepts_loss_kwargs", any(
-        p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(type(base).forward).parameters.values()))  # fmt: skip
+    want = getattr(
+        base,
+        "accepts_loss_kwargs",
+        any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(type(base).forward).parameters.values()),
+    )
     assert get_peft_model(base, LoraConfig(r=2)).accepts_loss_kwargs == want
 
 

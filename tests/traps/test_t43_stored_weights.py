@@ -65,7 +65,9 @@ def passes(model, which):
             with torch.no_grad():
                 model["layer"](x)
         elif kind == "train":
-            model["layer"](x.requires_grad_(hasattr(model["layer"], "adapters")))  # bitsandbytes' own fails on a repacked one
+            model["layer"](
+                x.requires_grad_(hasattr(model["layer"], "adapters"))
+            )  # bitsandbytes' own fails on a repacked one
     model.eval()
 
 

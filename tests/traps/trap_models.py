@@ -69,7 +69,12 @@ def llava(*, seed: int = 0, vision_layers: int = 3) -> Any:
     """A vision tower (CLIP, whose attention names are those of Llama), a projector and a Llama."""
     torch.manual_seed(seed)
     vision = tf.CLIPVisionConfig(
-        hidden_size=16, intermediate_size=29, num_hidden_layers=vision_layers, num_attention_heads=2, image_size=14, patch_size=7
+        hidden_size=16,
+        intermediate_size=29,
+        num_hidden_layers=vision_layers,
+        num_attention_heads=2,
+        image_size=14,
+        patch_size=7,
     )
     config = tf.LlavaConfig(vision_config=vision, text_config=llama().config, image_token_id=96, image_seq_length=4)
     return tf.LlavaForConditionalGeneration(config).eval()

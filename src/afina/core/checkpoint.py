@@ -113,7 +113,8 @@ def assign(
 ) -> LoadReport:
     """Put the tensors of a file into the live ones of an adapter.
 
-    A change of prefix that makes keys fit must lie above the layers, whose paths `layers` names. Raises CheckpointError listing every missing, unused and misshapen key; with `strict=False` they are reported.
+    A change of prefix that makes keys fit must lie above the layers, whose paths `layers` names. Raises CheckpointError
+    listing every missing, unused and misshapen key; with `strict=False` they are reported.
     """
     report = LoadReport()
     state, report.renamed = _renamed(state, expected, layers)

@@ -309,7 +309,8 @@ class PromptFeeder:
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
         from transformers.modeling_utils import AttentionInterface
 
-        places = dict.fromkeys(name.rpartition(".")[0] for name in modules.roles("query", "fused"))
+        found = [name for name in modules.roles("query", "fused") if name.startswith(modules.scope)]
+        places = dict.fromkeys(name.rpartition(".")[0] for name in found)
         attentions: list[Any] = [modules.modules[place] for place in places]
         if len(attentions) != layers:
             raise TargetError(
