@@ -97,3 +97,22 @@ def test_t02_nothing_is_left_behind_by_a_prompt_that_was_taken_out():
         with torch.no_grad():
             fresh.prompt_encoder["default"].table.copy_(second.prompt_encoder["default"].table)
         torch.testing.assert_close(logits(second), logits(fresh), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("injected_by_peft", [False, True])
+def test_t02_a_model_that_peft_adapted_is_not_wrapped(injected_by_peft, tmp_path):
+    import warnings
+
+    import peft
+
+    config = peft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(llama(), config)
+        theirs.save_pretrained(tmp_path)
+    model = theirs.base_model.model if injected_by_peft else theirs
+    for again in (lambda: get_peft_model(model, CONFIG), lambda: PeftModel.from_pretrained(model, tmp_path)):
+        with pytest.raises(AlreadyAdaptedError, match="made by PEFT") as error:
+            again()
+        assert "merge_and_unload()" in str(error.value)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(theirs), rtol=1e-5, atol=1e-5)

@@ -6,7 +6,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from trap_models import gpt2, ids, llama, stir, trainable
 
-from afina import LoraConfig, PeftModel, get_peft_model
+from afina import LoraConfig, PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from afina.errors import AfinaError, CheckpointError
 
 
@@ -50,6 +50,31 @@ def test_t03_the_first_loss_after_resume_continues(how, tmp_path):
     fresh = get_peft_model(llama(), config())
     fresh.load_state_dict(start, strict=False)
     assert train(fresh, 1, seed=4) != losses[4:5]
+
+
+PROMPTS = {
+    "prompt": PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    "prefix": PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    "prefix network": PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True, task_type="CAUSAL_LM"),
+    "p-tuning": PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=11, task_type="CAUSAL_LM"),
+    "p-tuning LSTM": PromptEncoderConfig(
+        num_virtual_tokens=3, encoder_hidden_size=11, encoder_reparameterization_type="LSTM", task_type="CAUSAL_LM"
+    ),
+    "head": LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["lm_head"], bias="all", task_type="CAUSAL_LM"),
+    "dora": LoraConfig(r=3, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_t03_every_kind_of_adapter_resumes(name, tmp_path):
+    """Also the networks behind prompts, of which PEFT keeps the output alone."""
+    first = get_peft_model(llama(), PROMPTS[name])
+    train(first, 3)
+    first.save_pretrained(tmp_path)
+    want = train(first, 3, seed=3)
+    resumed = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+    assert train(resumed, 3, seed=3) == pytest.approx(want, rel=1e-6)
+    assert want[0] != want[1] != want[2]
 
 
 def test_t03_loaded_frozen_it_says_how_to_train(tmp_path):
