@@ -26,7 +26,7 @@ from afina.core.combine import combine
 from afina.core.config import AdapterConfig, PromptConfig, resolve_file
 from afina.core.files import read_weights
 from afina.core.fingerprint import differences, fingerprint
-from afina.core.injection import AdapterSet
+from afina.core.injection import AdapterSet, new_modules
 from afina.core.prompts import PromptFeeder, complete_prompt_config
 from afina.core.registry import method_for
 from afina.core.report import card, table
@@ -534,6 +534,7 @@ class PeftModel(nn.Module):
             embeddings = take_embeddings(self.adapters, state, expected, source)
             report = checkpoint.assign(state, expected, source, strict=strict, layers=self.adapters.paths)
             self._check_base(extra, report.renamed, source, strict)
+            self._check_heads(adapter_name, source, strict)
         except Exception:
             self.adapters.remove(adapter_name)
             if not self.adapters.configs:
@@ -554,6 +555,21 @@ class PeftModel(nn.Module):
         prompt = method_for(config).adapter(self.peft_config[name], self.get_base_model(), initialise=False)
         prompt.load_state_dict(read_weights(path))
         self.prompt_encoder[name] = prompt
+
+    def _check_heads(self, name: str, source: str, strict: bool) -> None:
+        """A head that neither the base's checkpoint nor the adapter's file holds would answer at random (T5)."""
+        saved = self.adapters.injected[name].saved
+        found = [n for n in new_modules(self.adapters.map) if not any(n == s or n.startswith(f"{s}.") for s in saved)]
+        if heads := [n for n in found if n in self.adapters.map.head_names()]:
+            message = (
+                f"{source} does not hold {', '.join(heads)}, which was not in the base's checkpoint either and is newly "
+                "initialised: it would answer at random (T5). Load a base that has it, or pass strict=False to train it anew"
+            )
+            if strict:
+                raise CheckpointError(message)
+            logger.warning(message)
+        elif found:
+            logger.warning("%s does not hold %s, which is newly initialised", source, ", ".join(found))
 
     def _check_base(self, extra: dict[str, Any], renamed: tuple[str, str] | None, source: str, strict: bool) -> None:
         old, new = (part.removeprefix(checkpoint.PREFIX) for part in renamed or ("", ""))

@@ -8,7 +8,7 @@ from torch import nn
 from trap_models import bert, gpt2, llama, logits, reload, stir, trainable
 
 from afina import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from afina.errors import TargetError
+from afina.errors import CheckpointError, TargetError
 
 
 class OddModel(tf.BertPreTrainedModel):
@@ -166,3 +166,46 @@ def test_t05_a_quantised_base_is_not_taken_for_new(bits, tmp_path):
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
     assert model.peft_config["default"].modules_to_save is None
     assert len(trainable(model)) == 4
+
+
+def test_t05_a_second_adapter_saves_its_head_too(folder, tmp_path):
+    config = LoraConfig(r=2, target_modules=["query", "value"])
+    model = get_peft_model(fresh(folder), config)
+    model.add_adapter("second", config)
+    assert model.peft_config["second"].modules_to_save == ["classifier"]
+    stir(model, "second")
+    model.set_adapter("second")
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(fresh(folder, seed=1), tmp_path / "adapter" / "second")
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+
+
+def test_t05_a_head_that_no_file_holds_is_an_error(folder, tmp_path):
+    """An adapter of PEFT without a task type leaves the head out."""
+    import warnings
+
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(fresh(folder), peft.LoraConfig(r=2, target_modules=["query"]))
+        theirs.save_pretrained(tmp_path / "adapter")
+        one, two = (peft.PeftModel.from_pretrained(fresh(folder, seed=s), tmp_path / "adapter") for s in (1, 2))
+    assert not torch.allclose(logits(one), logits(two))  # the naive way: at random, in silence
+    with pytest.raises(CheckpointError, match="classifier") as error:
+        PeftModel.from_pretrained(fresh(folder, seed=1), tmp_path / "adapter")
+    assert "random" in str(error.value)
+    assert "strict=False" in str(error.value)
+    assert PeftModel.from_pretrained(fresh(folder, seed=1), tmp_path / "adapter", strict=False)
+    whole = bert(seed=4)
+    whole.save_pretrained(tmp_path / "whole")
+    whole = tf.BertForSequenceClassification.from_pretrained(tmp_path / "whole")
+    assert PeftModel.from_pretrained(whole, tmp_path / "adapter")
+
+
+def test_t05_what_was_merged_is_not_taken_for_new(folder, tmp_path):
+    config = LoraConfig(r=2, target_modules=["query", "value"])
+    first = stir(get_peft_model(fresh(folder), config)).merge_and_unload()
+    second = get_peft_model(first, config)
+    assert second.peft_config["default"].modules_to_save is None
+    assert len(trainable(second)) == 8

@@ -459,6 +459,7 @@ class AdapterSet:
                 problems.add(f"{name} is a prompt ({type(self.configs[name]).__name__}): it has no weight to merge into")
         problems.raise_as(MergeError)
         ties = tied_groups(self.model)
+        marked = not keep and any(_is_loaded(p) for p in self.model.parameters())
         try:
             for layer in self.layers.values():
                 layer.merge(names, keep=keep)
@@ -466,6 +467,9 @@ class AdapterSet:
             if keep:
                 self.unmerge()
             raise
+        if marked:  # what was merged into the base for good is no newly initialised module of it
+            for parameter in (p for layer in self.layers.values() for p in layer.base_layer.parameters()):
+                parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         self._map = None
         ties.mend(self.model, untie=not keep)
 
@@ -476,6 +480,10 @@ class AdapterSet:
         self._map = None
 
 
+def _is_loaded(parameter: torch.Tensor) -> bool:
+    return bool(getattr(parameter, "_is_hf_initialized", False))
+
+
 def new_modules(modules: ModuleMap) -> list[str]:
     """Modules whose weights were not in the checkpoint the model was loaded from, outermost first.
 
@@ -484,15 +492,23 @@ def new_modules(modules: ModuleMap) -> list[str]:
     was made anew when the vocabulary was resized is not new (its rows are stored as the vocabulary's are).
     Raises TargetError for a new parameter of the model itself, which no module stands for.
     """
-    loaded: Callable[[torch.Tensor], bool] = lambda p: bool(getattr(p, "_is_hf_initialized", False))  # noqa: E731
-    marks = {name: loaded(p) for name, p in modules.model.named_parameters()}
+    marks: dict[str, bool] = {}
+    seen: set[int] = set()
+    for path, module in [("", modules.model), *modules.modules.items()]:  # the bare model, without its adapters
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                marks[f"{path}.{name}".lstrip(".")] = _is_loaded(parameter)
     if not any(marks.values()) or all(marks.values()):
         return []
+    with_new: set[str] = set()
+    with_loaded: set[str] = set()
+    for name, is_loaded in marks.items():
+        parts = name.split(".")
+        (with_loaded if is_loaded else with_new).update(".".join(parts[:i]) for i in range(1, len(parts)))
     new: list[str] = []
-    for path, module in modules.modules.items():
-        names = [f"{path}.{n}" for n, _ in module.named_parameters()]
-        fresh = [n for n in names if marks.get(n) is False]
-        if names and len(fresh) == len([n for n in names if n in marks]) and fresh:
+    for path in modules.modules:
+        if path in with_new and path not in with_loaded:
             if not any(path.startswith(f"{outer}.") for outer in new):
                 new.append(path)
     owners = dict.fromkeys(name.rpartition(".")[0] for name, is_loaded in marks.items() if not is_loaded)
@@ -505,6 +521,7 @@ def new_modules(modules: ModuleMap) -> list[str]:
         )
     new += [o for o in owners if o in modules.modules and not any(o == n or o.startswith(f"{n}.") for n in new)]
     output: Any = getattr(modules.model, "get_output_embeddings", lambda: None)()
+    output = getattr(output, "base_layer", output)
     resized = [n for n in new if modules.modules[n] is output]
     if resized and rows_of_checkpoint(modules.model) not in (None, output.weight.shape[0]):
         new = [n for n in new if n not in resized]
