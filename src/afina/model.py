@@ -204,6 +204,8 @@ class PeftModel(nn.Module):
     @property
     def active_adapter(self) -> str:
         """Name of the first active adapter."""
+        if not self.adapters.active:
+            raise AdapterNameError(f"no adapter is active; there are {', '.join(map(repr, self.peft_config)) or 'none'}")
         return self.adapters.active[0]
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -266,6 +268,8 @@ class PeftModel(nn.Module):
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one adapter, or several in this order, act and train; all others do neither."""
+        if not adapter_name:
+            raise AdapterNameError("set_adapter was given no name; use `with model.disable_adapter()` for the base's answers")
         self.adapters.set_active(adapter_name, trainable=not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:

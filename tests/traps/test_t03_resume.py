@@ -157,3 +157,30 @@ def test_t03_resuming_with_other_targets_is_an_error(tmp_path):
     other = get_peft_model(llama(), LoraConfig(r=3, target_modules=["k_proj"], task_type="CAUSAL_LM"))
     with pytest.raises(CheckpointError, match="k_proj"):
         trainer(stir(other), tmp_path, 8).train(resume_from_checkpoint=True)
+
+
+def test_t03_trainer_ends_with_the_best_checkpoint(tmp_path):
+    torch.manual_seed(1)
+    model = get_peft_model(llama(), config())
+    args = TrainingArguments(
+        str(tmp_path),
+        max_steps=6,
+        per_device_train_batch_size=3,
+        learning_rate=0.5,
+        report_to=[],
+        use_cpu=True,
+        save_steps=2,
+        eval_steps=2,
+        eval_strategy="steps",
+        save_strategy="steps",
+        load_best_model_at_end=True,
+        disable_tqdm=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,
+        lr_scheduler_type="constant",
+    )
+    trained = Trainer(model, args, train_dataset=Rows(), eval_dataset=Rows())
+    trained.train()
+    losses = [line["eval_loss"] for line in trained.state.log_history if "eval_loss" in line]
+    assert len(set(losses)) == 3
+    assert trained.evaluate()["eval_loss"] == pytest.approx(max(losses), rel=1e-6)

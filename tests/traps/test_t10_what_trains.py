@@ -117,3 +117,15 @@ def test_t10_an_error_changes_nothing_of_what_trains(is_trainable, tmp_path):
     with pytest.raises(ValueError, match="broken"):
         model.load_adapter(tmp_path, "b")
     assert trained(model) == before
+
+
+def test_t10_no_adapter_is_not_made_active():
+    model = get_peft_model(llama(), CONFIG)
+    with pytest.raises(AdapterNameError, match="disable_adapter"):
+        model.set_adapter([])
+    assert trained(model) == ["default"]
+    model.delete_adapter("default")
+    assert model.active_adapters == []
+    with pytest.raises(AdapterNameError, match="no adapter is active"):
+        _ = model.active_adapter
+    torch.testing.assert_close(logits(model), logits(llama()), rtol=0, atol=0)
