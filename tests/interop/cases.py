@@ -92,9 +92,7 @@ def logits(model: Any, name: str) -> torch.Tensor:
     if (
         mask is None
         or found.dim() < 3
-        or "labels" in data
-        and data["labels"].dim() == 2
-        and data["labels"].shape != mask.shape
+        or ("labels" in data and data["labels"].dim() == 2 and data["labels"].shape != mask.shape)
     ):
         return found
     front = torch.ones(len(mask), found.shape[1] - mask.shape[1])

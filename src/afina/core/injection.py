@@ -228,10 +228,14 @@ class AdapterSet:
     def _resolved(self, config: TargetedConfig, plan: list[Placement]) -> TargetedConfig:
         """The configuration with targets by name where they were found by default, so that a file says them."""
         own = method_for(config).adapter
+        tied = [p for p in plan if config.ensure_weight_tying and p.shares is not None]
+        if saved := [p.path for p in tied if p.adapter is SavedModule]:  # PEFT ties what is named
+            names = dict.fromkeys([*(config.modules_to_save or ()), *saved])
+            config = dataclasses.replace(config, modules_to_save=list(names))
         if config.target_modules is not None and config.target_modules != "all-linear" and not config.target_scope:
-            tied = [p.path for p in plan if config.ensure_weight_tying and p.shares is not None and issubclass(p.adapter, own)]
-            if isinstance(config.target_modules, list) and tied:  # PEFT ties what is named
-                config = dataclasses.replace(config, target_modules=[*config.target_modules, *tied])
+            targets = [p.path for p in tied if issubclass(p.adapter, own)]
+            if isinstance(config.target_modules, list) and targets:
+                config = dataclasses.replace(config, target_modules=[*config.target_modules, *targets])
             return config
         paths = [p.path for p in plan if p.parameter is None and p.shares is None and issubclass(p.adapter, own)]
         return dataclasses.replace(config, target_modules=compact_names(paths, self.map.modules))
