@@ -118,7 +118,7 @@ def test_every_option_says_its_default_as_the_recipe_has_it():
     for name, annotation in typing.get_type_hints(train, include_extras=True).items():
         if name in PLACES and name not in ("data", "text", "label"):
             text = typing.get_args(annotation)[1].help
-            said = text[text.rindex("[") + 1 : -1]
+            said = text[text.rindex("(default: ") + len("(default: ") : -1]
             section, _, key = PLACES[name].rpartition(".")
             default = (
                 recipe.method["name"] if name == "method" else getattr(getattr(recipe, section) if section else recipe, key)

@@ -15,9 +15,9 @@ __all__ = ["evaluate"]
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a run, --output of `afina train`.")],
-    data: Annotated[Path | None, typer.Option(help="Labelled CSV file. [the run's own test rows]")] = None,
-    text: Annotated[str | None, typer.Option(help="Column of the text. [as in training]")] = None,
-    label: Annotated[str | None, typer.Option(help="Column of the label. [as in training]")] = None,
+    data: Annotated[Path | None, typer.Option(help="Labelled CSV file (default: the run's own test rows)")] = None,
+    text: Annotated[str | None, typer.Option(help="Column of the text (default: as in training)")] = None,
+    label: Annotated[str | None, typer.Option(help="Column of the label (default: as in training)")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Measure a tuned model on labelled rows."""

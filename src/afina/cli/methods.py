@@ -18,7 +18,8 @@ def methods(name: Annotated[str | None, typer.Argument(help="A method, to see it
     from afina.core.registry import methods as registered
 
     if name is None:
-        rows = [[m.name, m.trains, merges(m), m.cost, m.paper] for m in registered().values()]
+        start = "https://" if console().is_terminal else ""  # leaves room; `afina methods NAME` has the whole address
+        rows = [[m.name, m.trains, merges(m), m.cost, m.paper.removeprefix(start)] for m in registered().values()]
         table(["method", "trains", "merges", "cost", "paper"], rows)
         if console().is_terminal:
             console().print("\nOptions of one: afina methods NAME")

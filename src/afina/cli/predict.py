@@ -17,7 +17,7 @@ def predict(
     run: Annotated[Path, typer.Argument(help="Folder of a run, --output of `afina train`.")],
     text: Annotated[list[str] | None, typer.Option(help="A text; may be given several times.")] = None,
     data: Annotated[Path | None, typer.Option(help="CSV file of texts.")] = None,
-    column: Annotated[str | None, typer.Option(help="Column of the text. [as in training]")] = None,
+    column: Annotated[str | None, typer.Option(help="Column of the text (default: as in training)")] = None,
     output: Annotated[Path | None, typer.Option(help="CSV file to write: --data with answers and probabilities.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a text.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,

@@ -55,8 +55,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Seque
     from rich.text import Text
 
     made = Table(box=None, padding=(0, 0, 0, 2), header_style="bold", pad_edge=True)
-    for name in columns:
-        made.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    for i, name in enumerate(columns):
+        side: Any = "right" if name in right else "left"
+        made.add_column(name, justify=side, overflow="fold", no_wrap=i == 0)
     for row in rows:
         made.add_row(*(Text(str(cell)) for cell in row))
     out.print(made, soft_wrap=False)

@@ -36,21 +36,23 @@ def train(
     data: Annotated[str | None, typer.Option(help="CSV file with a header row.")] = None,
     text: Annotated[str | None, typer.Option(help="Column of the text.")] = None,
     label: Annotated[str | None, typer.Option(help="Column of the label.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="minilm (comes with afina\\[demo]), a folder, or a hub id. [minilm]")
-    ] = None,
-    method: Annotated[str | None, typer.Option(help="See `afina methods`. [lora]")] = None,
+    model: Annotated[str | None, typer.Option(help="minilm, a folder, or a hub id (default: minilm)")] = None,
+    method: Annotated[str | None, typer.Option(help="See `afina methods` (default: lora)")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write the run into.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training rows. [5]")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows of one step. [16]")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. [what suits the method]")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens of a text. [the longest, up to the model's limit]")] = None,
-    max_truncated: Annotated[float | None, typer.Option(help="Largest share of texts that may be cut off. [0.3]")] = None,
-    precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16. [auto]")] = None,
-    gradient_accumulation: Annotated[
-        int | None, typer.Option(help="Parts a step is computed in, to save memory. [1]")
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training rows (default: 5)")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows of one step (default: 16)")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate (default: what suits the method)")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens of a text (default: the longest, up to the model's limit)")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the split, new weights and order. [0]")] = None,
+    max_truncated: Annotated[
+        float | None, typer.Option(help="Largest share of texts that may be cut off (default: 0.3)")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16 (default: auto)")] = None,
+    gradient_accumulation: Annotated[
+        int | None, typer.Option(help="Parts a step is computed in, to save memory (default: 1)")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the split, new weights and order (default: 0)")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in the output folder.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in --output, with its recipe.")
