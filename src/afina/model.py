@@ -26,11 +26,19 @@ from afina.core.combine import combine
 from afina.core.config import AdapterConfig, PromptConfig, resolve_file
 from afina.core.files import read_weights
 from afina.core.fingerprint import differences, fingerprint
-from afina.core.injection import AdapterSet, new_modules
+from afina.core.injection import AdapterSet
+from afina.core.plan import new_modules
 from afina.core.prompts import PromptFeeder, complete_prompt_config
 from afina.core.registry import method_for
 from afina.core.report import card, table
-from afina.core.vocabulary import fit_vocabulary, holds_one_side, resized_embeddings, take_embeddings, tokenizer_hash, vocabulary_rows
+from afina.core.vocabulary import (
+    fit_vocabulary,
+    holds_one_side,
+    resized_embeddings,
+    take_embeddings,
+    tokenizer_hash,
+    vocabulary_rows,
+)
 from afina.errors import (
     AdapterNameError,
     AlreadyAdaptedError,
