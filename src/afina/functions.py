@@ -61,7 +61,9 @@ def inject_adapter_in_model(
     With `state_dict`, the layers to adapt are those its keys name. `low_cpu_mem_usage` changes nothing.
     """
     if method_for(peft_config).kind == "prompt":
-        raise ConfigError(f"{type(peft_config).__name__} acts on the whole model, so it cannot be injected; use get_peft_model")
+        raise ConfigError(
+            f"{type(peft_config).__name__} acts on the whole model, so it cannot be injected; use get_peft_model"
+        )
     adapters = AdapterSet.of(model) or AdapterSet(model)
     if state_dict is not None:
         paths = {key.removeprefix(checkpoint.PREFIX) for key in state_dict}

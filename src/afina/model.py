@@ -277,7 +277,9 @@ class PeftModel(nn.Module):
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one adapter, or several in this order, act and train; all others do neither."""
         if not adapter_name:
-            raise AdapterNameError("set_adapter was given no name; use `with model.disable_adapter()` for the base's answers")
+            raise AdapterNameError(
+                "set_adapter was given no name; use `with model.disable_adapter()` for the base's answers"
+            )
         self.adapters.set_active(adapter_name, trainable=not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -314,7 +316,9 @@ class PeftModel(nn.Module):
             self.adapters, adapters, weights, adapter_name, combination_type, svd_rank, density, majority_sign_method
         )
         if error > 1e-6:
-            logger.warning("adapter %r: cutting the combination to its rank leaves a relative error of %.2g", adapter_name, error)
+            logger.warning(
+                "adapter %r: cutting the combination to its rank leaves a relative error of %.2g", adapter_name, error
+            )
         return error
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
@@ -384,8 +388,8 @@ class PeftModel(nn.Module):
             target = folder if name == "default" else folder / name
             config = _with(self.peft_config[name], inference_mode=True, peft_version=None)
             state = {**resized_embeddings(self.adapters, state, save_embedding_layers), **state}
-            prompt = self.prompt_encoder[name] if name in self.prompt_encoder else None
-            encoder: Any = prompt.encoder_state() if prompt is not None else {}  # type: ignore[operator]
+            prompt: Any = self.adapters.prompts._modules.get(name)
+            encoder = prompt.encoder_state() if prompt is not None else {}
             extra = {
                 "format": 1,
                 "base": fingerprint(self.adapters),
@@ -480,7 +484,7 @@ class PeftModel(nn.Module):
         _refuse_adapted(model, loading=str(model_id))
         read = config or AdapterConfig.from_pretrained(model_id, subfolder=subfolder, **hub)
         if cls is PeftModel and read.task_type:
-            cls = MODEL_TYPES[read.task_type]  # noqa: PLW0642
+            cls = MODEL_TYPES[read.task_type]
         wrapped: PeftModel = _class_for(_plain(cls), type(model)).__new__(cls, model)  # type: ignore[arg-type]
         nn.Module.__init__(wrapped)
         wrapped._wrap(model)
@@ -537,7 +541,9 @@ class PeftModel(nn.Module):
             config = _retargeted(config, self.adapters, state)
             if getattr(config, "ensure_weight_tying", False) and not config.trainable_token_indices:  # type: ignore[union-attr]
                 if holds_one_side(self.adapters, state):  # PEFT heeds the option for certain names of embeddings only
-                    logger.warning("%s: ensure_weight_tying=True, but its embeddings were not tied; nor are they here", source)
+                    logger.warning(
+                        "%s: ensure_weight_tying=True, but its embeddings were not tied; nor are they here", source
+                    )
                     config = _with(config, ensure_weight_tying=False)
             self._add(adapter_name, config, initialise=not strict, strict=False, bare=True)
             if adapter_name in self.prompt_encoder:
@@ -616,7 +622,9 @@ def _base_not_missing(module: nn.Module, incompatible: Any) -> None:
         problems = Problems("load_state_dict")
         problems.add(f"{len(missing)} keys of this model are missing: {shortened(missing)}")
         problems.add(f"{len(unused)} keys fit nothing in it: {shortened(unused)}")
-        problems.raise_as(CheckpointError, "The state belongs to another adapter; make the model with the same configuration.")
+        problems.raise_as(
+            CheckpointError, "The state belongs to another adapter; make the model with the same configuration."
+        )
 
 
 def _of_adapter(key: str) -> bool:
@@ -710,9 +718,9 @@ def _refuse_adapted(model: nn.Module, loading: str = "") -> None:
     foreign = next((type(m) for m in model.modules() if type(m).__module__.startswith("peft.")), None)
     if foreign is not None:
         raise AlreadyAdaptedError(
-            f"this {type(model).__name__} carries adapters made by PEFT ({foreign.__name__}), which would be frozen and left out "
-            "of what is saved (T2). Save them with PEFT and load the folder with PeftModel.from_pretrained, or start from "
-            "model.merge_and_unload()"
+            f"this {type(model).__name__} carries adapters made by PEFT ({foreign.__name__}), which would be frozen and left "
+            "out of what is saved (T2). Save them with PEFT and load the folder with PeftModel.from_pretrained, or start "
+            "from model.merge_and_unload()"
         )
     there = model.adapters if isinstance(model, PeftModel) else AdapterSet.of(model)
     if there is not None:
@@ -731,7 +739,11 @@ def _retargeted(config: Any, adapters: AdapterSet, state: dict[str, torch.Tensor
     """
     known, scope = adapters.map.modules, adapters.map.scope
     lists = {n: v for n in _NAMING if isinstance(v := getattr(config, n, None), list)}
-    if isinstance(text := getattr(config, "target_modules", None), str) and text not in known and re.fullmatch(r"[\w.]+", text):
+    if (
+        isinstance(text := getattr(config, "target_modules", None), str)
+        and text not in known
+        and re.fullmatch(r"[\w.]+", text)
+    ):
         lists["target_modules"] = [text] if "." in text else []
     patterns = {n: dict(getattr(config, n)) for n in config.overrides if getattr(config, n)}
     lists |= {f"{n}": [re.sub(r"\\(.)", r"\1", key) for key in table] for n, table in patterns.items()}
@@ -743,7 +755,7 @@ def _retargeted(config: Any, adapters: AdapterSet, state: dict[str, torch.Tensor
             change = change or checkpoint.find_prefix(dotted, known)
     if change:
         old, new = change
-        turn = lambda e: new + e[len(old) :] if e.startswith(old) and new + e[len(old) :] in known else e  # noqa: E731
+        turn = lambda e: new + e[len(old) :] if e.startswith(old) and new + e[len(old) :] in known else e
         changes: dict[str, Any] = {n: [turn(e) for e in entries] for n, entries in lists.items() if n not in patterns}
         for name, table in patterns.items():
             plain = {turn(e): e for e in lists[name]}
@@ -770,7 +782,9 @@ def _check_tokenizer(extra: dict[str, Any], tokenizer: Any, source: str, strict:
     if tokenizer is None or not extra.get("tokenizer"):
         return
     if tokenizer_hash(tokenizer) != extra["tokenizer"]:
-        message = f"{source} was trained with another tokenizer (vocabulary or special tokens differ); use the one saved beside it"
+        message = (
+            f"{source} was trained with another tokenizer (vocabulary or special tokens differ); use the one saved beside it"
+        )
         if strict:
             raise BaseMismatchError(message)
         logger.warning(message)

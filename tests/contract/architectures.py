@@ -17,7 +17,9 @@ def ids(rows: int = 3, length: int = 7, seed: int = 5) -> torch.Tensor:
 
 def bert() -> Any:
     return t.BertForSequenceClassification(
-        t.BertConfig(**COMMON, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40, num_labels=3)
+        t.BertConfig(
+            **COMMON, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40, num_labels=3
+        )
     )
 
 
@@ -66,7 +68,13 @@ def bart() -> Any:
 
 def vit() -> Any:
     config = t.ViTConfig(
-        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40, image_size=8, patch_size=4, num_labels=3
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=40,
+        image_size=8,
+        patch_size=4,
+        num_labels=3,
     )
     return t.ViTForImageClassification(config)
 

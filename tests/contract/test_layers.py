@@ -136,7 +136,7 @@ def test_6_save_load_same_output(case: Case, tmp_path: Path) -> None:
 
 @every_case
 def test_7_exactly_the_adapters_parameters_get_gradients(case: Case) -> None:
-    holder, adapters = adapted(case)
+    holder, _ = adapted(case)
     holder.train()
     holder(case.input()).square().sum().backward()
     for name, parameter in holder.named_parameters():
@@ -205,7 +205,9 @@ def test_14_what_is_kept_for_backward_stays_under_the_declared_bound(case: Case)
     with adapters.disabled():
         base = kept_values(holder, x)
     more = kept_values(holder, x) - base
-    bound = next(adapters.adapters("one")).values_kept(max(rows, x.numel() // next(adapters.adapters("one")).view.in_features))
+    bound = next(adapters.adapters("one")).values_kept(
+        max(rows, x.numel() // next(adapters.adapters("one")).view.in_features)
+    )
     groups = getattr(holder.layer.base_layer, "groups", 1)
     if case.layer == "conv2d-circular":
         groups = 2  # the padded picture is kept in the place of the picture

@@ -106,7 +106,7 @@ def test_save_load_and_train_on(method: str, architecture: str, tmp_path: Path) 
     want = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     have = {n: p.grad for n, p in loaded.named_parameters() if p.requires_grad}
     assert want.keys() == have.keys()
-    assert all(g is None and have[n] is None or close(have[n], g, 1e-5) for n, g in want.items())
+    assert all((g is None and have[n] is None) or close(have[n], g, 1e-5) for n, g in want.items())
 
 
 @every_pair
@@ -181,7 +181,9 @@ def test_generate_with_one_adapter_a_row(architecture: str, beams: int) -> None:
     model.eval()
     names = ["b", BASE_ROW, "a"]
     settings: dict[str, Any] = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": beams, "do_sample": False}
-    mixed = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], adapter_names=names, **settings)
+    mixed = model.generate(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], adapter_names=names, **settings
+    )
     for row, name in enumerate(names):
         alone = {k: inputs[k][row : row + 1] for k in ("input_ids", "attention_mask")}
         if name == BASE_ROW:

@@ -17,7 +17,11 @@ from afina.core.registry import get_method, methods
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
 STORAGES = ["int8", "nf4", "fp4", "nf4-double"]
-LINEAR = [n for n, m in methods().items() if m.kind == "layer" and "linear" in m.adapter.kinds and n not in ("last_layers", "ln_tuning")]
+LINEAR = [
+    n
+    for n, m in methods().items()
+    if m.kind == "layer" and "linear" in m.adapter.kinds and n not in ("last_layers", "ln_tuning")
+]
 MERGEABLE = [n for n in LINEAR if get_method(n).adapter.mergeable]
 
 
@@ -100,7 +104,7 @@ def test_merging_errs_by_the_quantisation_alone_and_unmerging_is_exact(method: s
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("method", LINEAR)
 def test_trains_over_a_quantised_base_also_after_an_eval_pass(method: str, storage: str) -> None:
-    holder, adapters, _ = adapt(method, storage)
+    holder, _, _ = adapt(method, storage)
     x = torch.randn(7, 64, requires_grad=True)
     grads = []
     for _ in range(2):

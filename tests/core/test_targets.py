@@ -75,7 +75,10 @@ def test_compact_names_mean_exactly_the_chosen_modules() -> None:
 
 def test_patterns_begin_at_a_name_and_reach_the_end() -> None:
     path = "model.layers.10.self_attn.q_proj"
-    assert all(name_matches(p, path) for p in ("q_proj", "self_attn.q_proj", r"layers\.10\.self_attn\.q_proj", r".*q_proj", "[qk]_proj"))
+    assert all(
+        name_matches(p, path)
+        for p in ("q_proj", "self_attn.q_proj", r"layers\.10\.self_attn\.q_proj", r".*q_proj", "[qk]_proj")
+    )
     assert not any(name_matches(p, path) for p in ("proj", "q_pro", r"0\.self_attn\.q_proj", "model"))
 
 
@@ -108,7 +111,11 @@ def test_selection(options: dict[str, Any], count: int) -> None:
 
 def test_overrides_by_pattern_are_one_mechanism() -> None:
     config = afina.LoraConfig(
-        target_modules="all-linear", r=4, lora_alpha=8, rank_pattern={"q_proj": 2, r"layers\.1\..*": 3}, alpha_pattern={"q_proj": 1}
+        target_modules="all-linear",
+        r=4,
+        lora_alpha=8,
+        rank_pattern={"q_proj": 2, r"layers\.1\..*": 3},
+        alpha_pattern={"q_proj": 1},
     )
     layers = afina.get_peft_model(tiny(), config).adapters.layers
     found = {path: (a.r, a.scaling) for path, layer in layers.items() for a in layer.adapters.values()}

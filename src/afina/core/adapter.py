@@ -29,7 +29,19 @@ if TYPE_CHECKING:
     from afina.core.config import AdapterConfig
     from afina.core.targets import ModuleMap
 
-__all__ = ["Adapter", "Base", "Chain", "Delta", "Placement", "Replacement", "Rotation", "SavedModule", "Scale", "cast", "drop"]
+__all__ = [
+    "Adapter",
+    "Base",
+    "Chain",
+    "Delta",
+    "Placement",
+    "Replacement",
+    "Rotation",
+    "SavedModule",
+    "Scale",
+    "cast",
+    "drop",
+]
 
 Weights = tuple[torch.Tensor, torch.Tensor | None]
 

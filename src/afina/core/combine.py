@@ -144,7 +144,9 @@ def _factor(full: torch.Tensor, rank: int | None) -> tuple[torch.Tensor, torch.T
     return _cut(u, s, v, rank)
 
 
-def _cut(u: torch.Tensor, s: torch.Tensor, v: torch.Tensor, rank: int | None) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+def _cut(
+    u: torch.Tensor, s: torch.Tensor, v: torch.Tensor, rank: int | None
+) -> tuple[torch.Tensor, torch.Tensor, float, float]:
     """Factors of the largest singular values, with the norms of what is cut off and of the whole."""
     useful = max(1, int((s > s.max() * 1e-9).sum()))
     keep = min(useful, rank) if rank else useful

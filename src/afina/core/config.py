@@ -326,8 +326,8 @@ def resolve_file(
         hint = ""
         if "trainer_state.json" in here or "training_args.bin" in here:
             hint = (
-                ". It is a checkpoint of transformers' Trainer: resume it with trainer.train(resume_from_checkpoint=...), and "
-                "save the adapter with model.save_pretrained(folder)"
+                ". It is a checkpoint of transformers' Trainer: resume it with trainer.train(resume_from_checkpoint=...), "
+                "and save the adapter with model.save_pretrained(folder)"
             )
         raise CheckpointError(f"{folder} has no {filename}; it holds {', '.join(here[:8]) or 'nothing'}{hint}")
     if Path(source).is_absolute() or str(source).startswith(("./", "../", "~")) or str(source).count("/") > 1:

@@ -110,7 +110,9 @@ class AdapterSet:
     def check_new_name(self, name: str) -> None:
         """Raise AdapterNameError for a name that is taken or cannot be one."""
         if name in self.configs:
-            raise AdapterNameError(f"adapter {name!r} is there already; delete_adapter({name!r}) first, or take another name")
+            raise AdapterNameError(
+                f"adapter {name!r} is there already; delete_adapter({name!r}) first, or take another name"
+            )
         if not name or "." in name or name == BASE_ROW or name in dir(nn.ModuleDict):
             raise AdapterNameError(f"adapter name {name!r} cannot be used: no dots, not empty, not {BASE_ROW!r}")
 
@@ -118,9 +120,7 @@ class AdapterSet:
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
 
-    def _build(
-        self, plan: list[Placement], config: Any, initialise: bool
-    ) -> list[tuple[Placement, Any, Adapter]]:
+    def _build(self, plan: list[Placement], config: Any, initialise: bool) -> list[tuple[Placement, Any, Adapter]]:
         """Make all adapters before anything is changed in the model."""
         built: list[tuple[Placement, Any, Adapter]] = []
         by_path: dict[str, Adapter] = {}
@@ -178,14 +178,17 @@ class AdapterSet:
         unknown = [n for n in dict.fromkeys(names) if n not in self.configs and n not in allow]
         if unknown:
             raise AdapterNameError(
-                f"no adapter is called {' or '.join(map(repr, unknown))}." + did_you_mean(unknown[0], [*self.configs, *allow])
+                f"no adapter is called {' or '.join(map(repr, unknown))}."
+                + did_you_mean(unknown[0], [*self.configs, *allow])
             )
 
     @staticmethod
     def check_once(names: Sequence[str]) -> None:
         """Raise AdapterNameError for a name that comes twice: the adapter would act twice."""
         if twice := [n for n in dict.fromkeys(names) if names.count(n) > 1]:
-            raise AdapterNameError(f"{' and '.join(map(repr, twice))} is named twice in {list(names)}; name each adapter once")
+            raise AdapterNameError(
+                f"{' and '.join(map(repr, twice))} is named twice in {list(names)}; name each adapter once"
+            )
 
     def set_active(self, names: str | Sequence[str], *, trainable: bool = True) -> None:
         """Make these adapters act, in this order, and train; the others do neither (T10)."""

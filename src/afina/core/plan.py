@@ -113,7 +113,9 @@ def _check_patterns(config: Any, plan: Iterable[Placement], problems: Problems) 
         for pattern in getattr(config, field_name) or {}:
             if not any(name_matches(pattern, path) for path in paths):
                 ends = {path.rsplit(".", 1)[-1] for path in paths}
-                problems.add(f"{field_name} entry {pattern!r} matches none of the adapted layers.{did_you_mean(pattern, ends)}")
+                problems.add(
+                    f"{field_name} entry {pattern!r} matches none of the adapted layers.{did_you_mean(pattern, ends)}"
+                )
 
 
 def _check_kinds(modules: ModuleMap, plan: Iterable[Placement], problems: Problems) -> None:

@@ -292,7 +292,9 @@ class PromptFeeder:
                 "checkpointing drops caches: the prefix would not be trained. Turn gradient checkpointing off, or use "
                 "prompt tuning or LoRA"
             )
-        ids = next(v for k in ("input_ids", "inputs_embeds", "decoder_input_ids", "labels") if (v := kwargs.get(k)) is not None)
+        ids = next(
+            v for k in ("input_ids", "inputs_embeds", "decoder_input_ids", "labels") if (v := kwargs.get(k)) is not None
+        )
         if kwargs.get("decoder_input_ids") is not None:
             ids = kwargs["decoder_input_ids"]
         cache = DynamicCache()

@@ -8,6 +8,7 @@ requested name that matches nothing is an error with the nearest names (T7).
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +28,16 @@ QUERY = {"q_proj", "query", "q", "q_lin", "to_q", "wq", "query_proj", "q_linear"
 KEY = {"k_proj", "key", "k", "k_lin", "to_k", "wk", "key_proj", "k_linear", "linear_k"}
 VALUE = {"v_proj", "value", "v", "v_lin", "to_v", "wv", "value_proj", "v_linear", "linear_v"}
 FUSED = {"c_attn", "query_key_value", "qkv", "qkv_proj", "Wqkv", "wqkv", "in_proj", "attn_qkv"}
-HEADS = {"classifier", "score", "qa_outputs", "lm_head", "logits_proj", "classification_head", "out_proj_head", "pre_classifier"}
+HEADS = {
+    "classifier",
+    "score",
+    "qa_outputs",
+    "lm_head",
+    "logits_proj",
+    "classification_head",
+    "out_proj_head",
+    "pre_classifier",
+}
 
 
 class ModuleMap:
@@ -279,25 +289,23 @@ class ModuleMap:
         patterns = [patterns] if isinstance(patterns, str) else patterns
         numbers = {n: self._block_number(n, patterns) for n in names}
         present = {number for number in numbers.values() if number is not None}
+        blocks = ", ".join(map(str, sorted(present))) or "(none found: say how the list is called with layers_pattern)"
         for number in wanted:
             if number not in present:
-                problems.add(
-                    f"layers_to_transform has {number}, but the targets lie in blocks "
-                    f"{', '.join(map(str, sorted(present))) or '(none found: say how the list of blocks is called with layers_pattern)'}"
-                )
+                problems.add(f"layers_to_transform has {number}, but the targets lie in blocks {blocks}")
         whole = config.target_modules if isinstance(config.target_modules, list) else []  # a whole name means what it says
         for entry in whole if strict else ():
             if (meant := self._by_suffix([entry])[0]) and not any(numbers.get(n) is not None or n in whole for n in meant):
                 problems.add(
-                    f"target_modules entry {entry!r} means {meant[0]}, which lies in no block, so layers_to_transform drops it; "
-                    f"give its whole name, {meant[0]!r}, to adapt it"
+                    f"target_modules entry {entry!r} means {meant[0]}, which lies in no block, so layers_to_transform drops "
+                    f"it; give its whole name, {meant[0]!r}, to adapt it"
                 )
         return [n for n in names if numbers[n] in set(wanted) or n in whole]
 
     @staticmethod
     def _block_number(name: str, patterns: list[str] | None) -> int | None:
         parts = name.split(".")
-        for before, part in zip(parts, parts[1:], strict=False):
+        for before, part in itertools.pairwise(parts):
             if part.isdigit() and (not patterns or before in patterns):
                 return int(part)
         return None

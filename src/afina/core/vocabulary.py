@@ -14,7 +14,15 @@ from afina.errors import CheckpointError
 if TYPE_CHECKING:
     from afina.core.injection import AdapterSet
 
-__all__ = ["fit_vocabulary", "holds_one_side", "resized_embeddings", "rows_of_checkpoint", "take_embeddings", "tokenizer_hash", "vocabulary_rows"]
+__all__ = [
+    "fit_vocabulary",
+    "holds_one_side",
+    "resized_embeddings",
+    "rows_of_checkpoint",
+    "take_embeddings",
+    "tokenizer_hash",
+    "vocabulary_rows",
+]
 
 PREFIX = "base_model.model."
 

@@ -81,5 +81,7 @@ class Bias(Adapter):
     def default_targets(cls, modules: ModuleMap) -> list[str]:
         names = [n for n in modules.modules if cls.fits(modules, n)]
         if not names:
-            raise TargetError(f"{type(modules.model).__name__} has no biases, so BitFit has nothing to train; use LoRA or (IA)3")
+            raise TargetError(
+                f"{type(modules.model).__name__} has no biases, so BitFit has nothing to train; use LoRA or (IA)3"
+            )
         return names

@@ -47,7 +47,6 @@ class HRAConfig(TargetedConfig):
     paper="https://arxiv.org/abs/2405.17484",
 )
 class HRA(Rotation):
-
     def build(self, config: HRAConfig) -> None:
         self.parameter("hra_u", (self.view.in_features, config.r))
 

@@ -39,7 +39,6 @@ class LastLayersConfig(TargetedConfig):
     paper="https://www.manning.com/books/build-a-large-language-model-from-scratch",
 )
 class LastLayers(SavedModule):
-
     @classmethod
     def placements(cls, modules: ModuleMap, config: Any, *, strict: bool) -> list[Placement]:
         if config.target_modules is not None:

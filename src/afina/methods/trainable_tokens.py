@@ -62,7 +62,9 @@ class TrainableTokens(Adapter):
 
     def build(self, config: Any) -> None:
         view = self.view
-        rows, dim = (view.in_features, view.out_features) if view.kind == "embedding" else (view.out_features, view.in_features)
+        rows, dim = (
+            (view.in_features, view.out_features) if view.kind == "embedding" else (view.out_features, view.in_features)
+        )
         indices = torch.tensor(list(config.token_indices), dtype=torch.long)
         if bool((indices >= rows).any()):
             raise TargetError(
@@ -137,7 +139,9 @@ class TrainableTokens(Adapter):
             for name, indices in tokens.items():
                 found, _ = modules._by_suffix([name])
                 if not found:
-                    problems.add(f"trainable_token_indices entry {name!r} matches no layer.{did_you_mean(name, modules.modules)}")
+                    problems.add(
+                        f"trainable_token_indices entry {name!r} matches no layer.{did_you_mean(name, modules.modules)}"
+                    )
                 table.update({path: list(indices) for path in found})
         else:
             table = {path: list(tokens) for path in cls.default_targets(modules)}
