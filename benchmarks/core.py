@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import itertools
 import json
 import logging
@@ -46,6 +47,8 @@ class Bench:
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         torch.set_num_threads(1)
+        gc.collect()
+        gc.freeze()  # what was imported need not be searched before every sample
         self.torch, self.afina, self.peft, self.quick = torch, afina, peft, quick
 
     def rounds(self, full: int) -> int:

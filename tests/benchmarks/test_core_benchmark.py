@@ -72,12 +72,12 @@ def test_machine_and_versions_stand_beside_the_numbers(results: Any) -> None:
 
 def test_the_tables_go_between_the_markers(file: Path, tmp_path: Path) -> None:
     document = tmp_path / "benchmarks.md"
-    document.write_text("before\n<!-- core:begin -->\nold\n<!-- core:end -->\nafter\n")
+    document.write_text("before\n<!-- core:begin -->\nstale numbers\n<!-- core:end -->\nafter\n")
     run("--markdown", document, "--output", file)
     text = document.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
-    assert "old" not in text
+    assert "stale numbers" not in text
     assert "| LoRA, dropout 0.1, Linear 256 to 192" in text
     run("--markdown", document, "--output", file)
     assert document.read_text() == text
