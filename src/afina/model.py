@@ -718,9 +718,9 @@ def _refuse_adapted(model: nn.Module, loading: str = "") -> None:
     foreign = next((type(m) for m in model.modules() if type(m).__module__.startswith("peft.")), None)
     if foreign is not None:
         raise AlreadyAdaptedError(
-            f"this {type(model).__name__} carries adapters made by PEFT ({foreign.__name__}), which would be frozen and left "
-            "out of what is saved (T2). Save them with PEFT and load the folder with PeftModel.from_pretrained, or start "
-            "from model.merge_and_unload()"
+            f"this {type(model).__name__} carries adapters made by PEFT ({foreign.__name__}), which would be frozen and "
+            "left out of what is saved (T2). Save them with PEFT and load the folder with PeftModel.from_pretrained, or "
+            "start from model.merge_and_unload()"
         )
     there = model.adapters if isinstance(model, PeftModel) else AdapterSet.of(model)
     if there is not None:
