@@ -373,6 +373,29 @@ def render(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def render_short(results: dict[str, Any]) -> str:
+    """The few lines of the README."""
+    a, s = results["about"], results["sections"]
+    rows: list[list[Any]] = [
+        [f"LoRA into Llama-2-7B's architecture, {s['inject'][-1]['case']} (time)", s["inject"][-1]["cpu_ratio"]],
+        ["loading the second adapter (time)", s["load"][1]["cpu_ratio"]],
+        ["loading the 50th (time)", s["load"][-1]["cpu_ratio"]],
+    ]
+    rows += [
+        [f"what LoRA adds: {name} (time, mean)", v["mean"]]
+        for name, v in summary(s["overhead"]).items()
+        if name.endswith("0.0")
+    ]
+    rows += [
+        [f"kept for backward: {r['case']} (bytes)", r["ratio"]]
+        for r in s["memory"]
+        if "dropout" in r["case"] or "DoRA" in r["case"]
+    ]
+    ours, theirs = a["versions"]["afina"], a["versions"]["peft"]
+    head = f"afina {ours} over PEFT {theirs}, one process, in turn, medians; {a['cpu']}, {a['threads']} thread:"
+    return f"{head}\n\n" + table(["", "ours / theirs"], [[name, f"{ratio:.2f}"] for name, ratio in rows])
+
+
 def _three(values: dict[str, Any]) -> list[Any]:
     return [values.get(name, "") for name in ("ours", "theirs", LOW)]
 
@@ -408,11 +431,11 @@ def _overhead_words(rows: list[dict[str, Any]]) -> str:
         met = "yes" if v["mean"] <= LEANER else "no"
         body.append([name, f"**{v['mean']:.2f}**", f"{v['worst']:.2f}", f"{v['above']} of {v['of']}", met])
     return (
-        f"LoRA r=8. Overhead: time with the adapter less time of the frozen base alone. Target: at most {LEANER} of PEFT's. "
-        "The input takes gradients, as in the middle of a model; the base's training step goes back to it, and its "
+        f"LoRA r=8. Overhead: time with the adapter less time of the frozen base alone. Target: at most {LEANER} of PEFT's, "
+        "here of the geometric mean; rows above it are counted beside it. The input takes gradients, as in the middle of a "
+        "model; the base's training step goes back to it, and its "
         "optimizer (fused AdamW) steps over tensors of the adapters' shapes, so that what is left is what the adapters "
-        "cost.\n\n"
-        + table(["ratio of overheads", "geometric mean", "worst", f"above {LEANER}", "met"], body)
+        "cost.\n\n" + table(["ratio of overheads", "geometric mean", "worst", f"above {LEANER}", "met"], body)
     )
 
 
@@ -438,11 +461,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--output", type=Path, default=RESULTS, help="file of results [benchmarks/results/core.json]")
     parser.add_argument("--markdown", type=Path, help="render the file of results into this document and measure nothing")
+    parser.add_argument("--short", action="store_true", help="with --markdown: the few lines of the README")
     options = parser.parse_args()
     if options.markdown:
         results = json.loads(options.output.read_text(encoding="utf-8"))
         text = options.markdown.read_text(encoding="utf-8")
-        options.markdown.write_text(between_markers(text, "core", render(results)), encoding="utf-8")
+        content = render_short(results) if options.short else render(results)
+        options.markdown.write_text(between_markers(text, "core", content), encoding="utf-8")
         return
     if options.quick and options.output == RESULTS:
         parser.error("--quick measures nothing worth keeping: give another --output than the file of results")
