@@ -94,3 +94,7 @@ def test_the_document_says_what_the_file_of_results_says(tmp_path: Path) -> None
     copy.write_text(DOCUMENT.read_text())
     run("--markdown", copy)
     assert copy.read_text() == DOCUMENT.read_text()
+    readme = tmp_path / "README.md"
+    readme.write_text((ROOT / "README.md").read_text())
+    run("--markdown", readme, "--short")
+    assert readme.read_text() == (ROOT / "README.md").read_text()
