@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from afina import __version__
-from afina.cli import evaluate, methods, predict, targets, train
+from afina.cli import compare, evaluate, methods, predict, report, targets, train
 from afina.cli.show import fail
 from afina.errors import AfinaError
 
@@ -24,6 +24,8 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
+app.command("report")(report.report)
+app.command("compare")(compare.compare)
 app.command("methods")(methods.methods)
 app.command("targets")(targets.targets)
 

@@ -1,0 +1,139 @@
+"""What was trained on what, how it went, and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from afina.report.charts import Line, chart, smoothed, thinned
+from afina.report.folder import RunFolder
+from afina.report.markup import Markup, Node, cut, el, table
+from afina.report.words import counted, duration, percent, size
+
+__all__ = ["cost", "curves", "definitions", "trained"]
+
+_MANY = 20
+_MOST = 200
+
+
+def definitions(pairs: Sequence[tuple[str, Node]]) -> Markup:
+    """Names and what they are."""
+    return el("dl", *(node for name, said in pairs for node in (el("dt", name), el("dd", said))))
+
+
+def trained(run: RunFolder) -> Markup:
+    """Model, method, sizes, and the rows of each side of the split."""
+    recipe, train = run.recipe, run.metrics["train"]
+    method = {k: v for k, v in recipe["method"].items() if k != "name"}
+    said = {k: v for k, v in method.items() if v not in (False, 0.0, None, "none", [], {}) and v is not True}
+    options = ", ".join(f"{k}={cut(', '.join(map(str, v)) if isinstance(v, list) else v, 80)}" for k, v in said.items())
+    share = train["trainable_parameters"] / max(1, train["total_parameters"])
+    settings = recipe["training"]
+    shown = {k: settings[k] for k in ("epochs", "batch_size", "learning_rate", "max_length", "seed") if k in settings}
+    base = run.adapter.get("base_model_name_or_path")
+    name = f"{recipe['model']} ({base})" if base and base != recipe["model"] else recipe["model"]
+    splits = run.data["splits"]
+    columns = ["rows", *splits, "all"]
+    rows: list[list[Any]] = [
+        [cut(label), *(f"{s['classes'].get(label, 0):,}" for s in splits.values()),
+         f"{sum(s['classes'].get(label, 0) for s in splits.values()):,}"]
+        for label in run.labels
+    ]  # fmt: skip
+    total = ["all classes", *(f"{s['rows']:,}" for s in splits.values()), f"{sum(s['rows'] for s in splits.values()):,}"]
+    numbers = range(1, len(columns))
+    caption = "Rows of each class on each side of the split"
+    if len(rows) > _MANY:
+        left = f", the first {_MOST} of {len(rows)} classes" if len(rows) > _MOST else ""
+        every = table(caption + left, columns, rows[:_MOST], numbers=numbers)
+        counts = el("div", table("Rows on each side of the split", columns, [total], numbers=numbers),
+                    el("details", el("summary", f"Rows of each of the {len(rows)} classes"), every))  # fmt: skip
+    else:
+        counts = table(caption, columns, [*rows, total], numbers=numbers)
+    return el(
+        "div",
+        definitions(
+            [
+                ("model", name),
+                ("method", f"{recipe['method']['name']}{': ' if options else ''}{options}"),
+                ("trained", f"{train['trainable_parameters']:,} of {train['total_parameters']:,} parameters ({percent(share, 2)})"),
+                ("adapter", f"{size(run.adapter_bytes)} on disk"),
+                ("settings", ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in shown.items())),
+                ("kept", f"epoch {train['best_epoch']}, the best {settings.get('best', 'score')} on the validation rows"),
+            ]
+        ),
+        counts,
+    )
+
+
+def curves(run: RunFolder) -> Markup:
+    """Losses, validation figures and the learning rate, with the epoch that was kept."""
+    steps, epochs, kept = run.steps, run.epochs, run.metrics["train"]["best_epoch"]
+    best = next((e for e in epochs if e["epoch"] == kept), None)
+    mark = (float(best["step"]), f"epoch {kept} kept") if best else None
+    raw = [(float(s["step"]), float(s["loss"])) for s in steps]
+    losses = [(float(e["step"]), float(e["validation_loss"])) for e in epochs]
+    lines = [
+        Line("training, each step", thinned(raw), "raw"),
+        Line("training, smoothed", thinned(smoothed(raw)), "a"),
+        Line("validation", losses, "b", marks=True),
+    ]
+    end = f"validation loss from {losses[0][1]:.3f} to {losses[-1][1]:.3f}" if losses else "no epoch was finished"
+    figures = [
+        Line(name, [(float(e["step"]), float(e[key])) for e in epochs if key in e], style, marks=True)
+        for name, key, style in (("accuracy", "validation_accuracy", "a"), ("macro F1", "validation_macro_f1", "b"))
+    ]
+    rates = [(float(s["step"]), float(s["learning_rate"])) for s in steps if "learning_rate" in s]
+    rows = [
+        [f"{e['epoch']}{' (kept)' if e['epoch'] == kept else ''}", f"{e.get('train_loss', float('nan')):.3f}",
+         f"{e['validation_loss']:.3f}", percent(e.get("validation_accuracy", float("nan"))),
+         f"{e.get('validation_macro_f1', float('nan')):.3f}"]
+        for e in epochs[-_MOST:]
+    ]  # fmt: skip
+    return el(
+        "div",
+        el("p", _went(epochs, kept)),
+        el(
+            "div",
+            chart("Loss (lower is better)", lines, described=end, mark=mark, zero=True),
+            chart("On the validation rows after each epoch", figures, described="see the table below", mark=mark,
+                  show=lambda y: f"{y:.3g}"),
+            chart("Learning rate", [Line("learning rate", thinned(rates), "a")], described="rises, then falls", zero=True,
+                  show=lambda y: f"{y:.3g}"),
+            class_="charts",
+        ),
+        el("details", el("summary", "The figures of each epoch"),
+           table("Figures after each epoch", ["epoch", "training loss", "validation loss", "accuracy", "macro F1"], rows,
+                 numbers=range(1, 5))),
+    )  # fmt: skip
+
+
+def _went(epochs: Sequence[dict[str, Any]], kept: int) -> str:
+    """One sentence on what the curves mean."""
+    if not epochs:
+        return "No epoch was logged."
+    lowest = min(epochs, key=lambda e: e["validation_loss"])
+    last = epochs[-1]
+    if kept == last["epoch"] and len(epochs) > 1 and lowest is last:
+        return f"The last of {len(epochs)} epochs was the best, and its validation loss the lowest: more epochs may help."
+    if lowest is not last and last["validation_loss"] > 1.1 * lowest["validation_loss"]:
+        return (
+            f"The validation loss was lowest after epoch {lowest['epoch']} and rose afterwards: the model began to learn the "
+            f"training rows by heart. Epoch {kept} was kept; fewer epochs, or more rows, may do better."
+        )
+    return f"Epoch {kept} of {len(epochs)} was kept."
+
+
+def cost(run: RunFolder) -> Markup:
+    """Time, speed, memory, and what it ran on."""
+    train, versions = run.metrics["train"], run.metrics["versions"]
+    pairs: list[tuple[str, Node]] = [("training", duration(train["seconds"]))]
+    if "steps" in train:
+        pairs.append(("steps", f"{train['steps']:,}"))
+    if "tokens_per_second" in train:
+        pairs.append(("speed", f"{train['tokens_per_second']:,.0f} tokens/s ({train.get('tokens', 0):,} tokens)"))
+    if train.get("peak_memory_bytes"):
+        pairs.append(("peak memory", size(train["peak_memory_bytes"])))
+    if "precision" in train:
+        pairs.append(("precision", f"{train['precision']}, {counted(train.get('threads', 1), 'thread')}"))
+    pairs.append(("versions", ", ".join(f"{k} {v}" for k, v in versions.items())))
+    return definitions(pairs)
