@@ -7,6 +7,7 @@ default of a feature afina lacks) and an error where it means something (T13).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import enum
 import json
@@ -25,6 +26,7 @@ __all__ = [
     "PromptConfig",
     "TargetedConfig",
     "TaskType",
+    "changed",
     "check_limits",
     "config_from_dict",
     "name_matches",
@@ -299,6 +301,14 @@ class PromptConfig(AdapterConfig):
         super().check(problems)
         if self.num_virtual_tokens is None:
             problems.add("num_virtual_tokens is missing: how many virtual tokens to train, for example 20")
+
+
+def changed(config: Any, **changes: Any) -> Any:
+    """A copy of a configuration with some values changed, which are not checked again."""
+    other = copy.copy(config)
+    for name, value in changes.items():
+        setattr(other, name, value)
+    return other
 
 
 def name_matches(pattern: str, path: str) -> bool:
