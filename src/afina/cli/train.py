@@ -230,6 +230,7 @@ def show_outcome(run: Run, metrics: dict[str, Any], seconds: float) -> None:
             "took": f"{seconds:.0f} s, {train['seconds']:.0f} s of it training, {train['tokens_per_second']:,.0f} tokens/s, "
             f"{train['peak_memory_bytes'] / 2**30:.1f} GiB at most",
             "adapter": f"{run.output / 'adapter'} ({size / 2**20:.1f} MiB; loaded again and compared: {same})",
+            "report": run.output / "report.html",
             "figures": run.output / "metrics.json",
             "test rows": run.output / "predictions.csv",
             "split": run.output / "data",

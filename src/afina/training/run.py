@@ -27,6 +27,7 @@ from afina.data.table import read_csv
 from afina.errors import CheckpointError, ConfigError, DataError, MissingDependencyError, Problems
 from afina.functions import get_peft_model
 from afina.model import PeftModel
+from afina.report.html import REPORT, write_report
 from afina.tasks.sequence_classification import Encoded, SequenceClassification
 from afina.training.loop import Fitted, Rows, fit, make_accelerator, predict
 from afina.training.models import ModelSource, find_model, load_config, load_tokenizer
@@ -168,6 +169,7 @@ class Run:
             self.model.save_pretrained(self.output / ADAPTER, tokenizer=self.task.tokenizer)
             metrics["read_back"] = self._read_back()
             _write_json(self.output / METRICS, metrics)
+            write_report(self.output)
         accelerator.wait_for_everyone()
         return metrics
 
@@ -175,7 +177,7 @@ class Run:
 
     def _write_inputs(self) -> None:
         if self.overwrite and not self.resume and (self.output / RECIPE).is_file():
-            for name in (RECIPE, METRICS, PREDICTIONS, "log.jsonl"):
+            for name in (RECIPE, METRICS, PREDICTIONS, REPORT, "log.jsonl"):
                 (self.output / name).unlink(missing_ok=True)
             for name in (ADAPTER, DATA, "checkpoints"):
                 shutil.rmtree(self.output / name, ignore_errors=True)
