@@ -13,6 +13,7 @@ from afina.cli.show import console, heading, table
 __all__ = ["compare"]
 
 _CHANCE = 0.05
+_OFF = ("-", False, 0.0, "none", True)
 
 
 def compare(
@@ -41,6 +42,8 @@ def show(found: dict[str, Any]) -> None:
     made, names = found["runs"], [run["run"] for run in found["runs"]]
     rows: list[list[Any]] = [["model", *(r["model"] for r in made)], ["method", *(r["method"] for r in made)]]
     for key, values in found["differing"].items():
+        if "-" in values and all(value in _OFF for value in values):
+            continue  # an option of one method that is off says nothing
         rows.append([key.removeprefix("method.").removeprefix("training."), *(_short(value) for value in values)])
     rows += [
         ["trainable parameters", *(f"{r['trainable_parameters']:,}" for r in made)],
@@ -65,16 +68,14 @@ def show(found: dict[str, Any]) -> None:
 def _verdict(pair: dict[str, Any]) -> str:
     if not pair["same_test_rows"]:
         return (
-            f"their test rows differ ({pair['shared_rows']:,} are shared), so their scores cannot be compared. Train both on "
-            "the same file with the same seed and shares"
+            f"their test rows differ ({pair['shared_rows']:,} are shared), so their scores cannot be compared. Train both "
+            "on the same file with the same seed and shares"
         )
     first, second, p = pair["only_first"], pair["only_second"], pair["p"]
     if first == second == 0:
         return "the same test rows are right and wrong"
     said = "more than chance would give" if p < _CHANCE else "no more than chance may give"
-    return (
-        f"{first:,} rows only the first has right, {second:,} only the second; p = {p:.2g} (McNemar, exact): {said}"
-    )
+    return f"{first:,} rows only the first has right, {second:,} only the second; p = {p:.2g} (McNemar, exact): {said}"
 
 
 def _short(value: Any) -> str:

@@ -14,7 +14,9 @@ __all__ = ["report"]
 
 def report(
     run: Annotated[Path, typer.Argument(help="Folder of a run, --output of `afina train`.")],
-    output: Annotated[Path | None, typer.Option(help="HTML file to write (default: report.html in the run's folder)")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="HTML file to write (default: report.html in the run's folder)")
+    ] = None,
 ) -> None:
     """Write report.html: scores, curves, mistakes, data findings and cost of a run, in one file."""
     from afina.errors import ConfigError

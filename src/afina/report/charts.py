@@ -85,8 +85,8 @@ def _frame(
 
 def _figure(title: str, described: str, drawn: Sequence[Markup], legend: Sequence[tuple[str, str]]) -> Markup:
     keys = [
-        el("li", el("svg", el("line", x1=0, x2=22, y1=5, y2=5, class_=f"line {style}"), viewBox="0 0 22 10", aria_hidden="true",
-                    class_="key"), name)
+        el("li", el("svg", el("line", x1=0, x2=22, y1=5, y2=5, class_=f"line {style}"), viewBox="0 0 22 10",
+                    aria_hidden="true", class_="key"), name)
         for name, style in legend
     ]  # fmt: skip
     svg = el("svg", *drawn, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=f"{title}: {described}", class_="chart")

@@ -40,15 +40,17 @@ def findings(run: RunFolder) -> Markup:
     most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
     if counts[most] >= _UNEVEN * counts[least]:
         found.append(
-            f"The classes are uneven: “{cut(most)}” has {counts[most]:,} rows, “{cut(least)}” {counts[least]:,}. Accuracy says "
-            "little of the rare classes; look at macro F1 and at recall"
+            f"The classes are uneven: “{cut(most)}” has {counts[most]:,} rows, “{cut(least)}” {counts[least]:,}. Accuracy "
+            "says little of the rare classes; look at macro F1 and at recall"
         )
     tested = run.data["splits"].get("test", {}).get("classes", {})
     few = [label for label in run.labels if 0 < tested.get(label, 0) < 10]
     if few:
         one = len(few) == 1
         names = shortened((f"“{cut(x, 30)}”" for x in few), 6)
-        found.append(f"{names} {'has' if one else 'have'} fewer than 10 test rows: {'its' if one else 'their'} figures are rough")
+        found.append(
+            f"{names} {'has' if one else 'have'} fewer than 10 test rows: {'its' if one else 'their'} figures are rough"
+        )
     listed: Node = el("ul", *(el("li", *_nodes(node)) for node in found), class_="found")
     if not found:
         listed = el("p", "Nothing was dropped, repaired or cut off, and the classes are of like size.")

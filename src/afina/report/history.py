@@ -55,7 +55,10 @@ def trained(run: RunFolder) -> Markup:
             [
                 ("model", name),
                 ("method", f"{recipe['method']['name']}{': ' if options else ''}{options}"),
-                ("trained", f"{train['trainable_parameters']:,} of {train['total_parameters']:,} parameters ({percent(share, 2)})"),
+                (
+                    "trained",
+                    f"{train['trainable_parameters']:,} of {train['total_parameters']:,} parameters ({percent(share, 2)})",
+                ),
                 ("adapter", f"{size(run.adapter_bytes)} on disk"),
                 ("settings", ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in shown.items())),
                 ("kept", f"epoch {train['best_epoch']}, the best {settings.get('best', 'score')} on the validation rows"),
@@ -117,8 +120,8 @@ def _went(epochs: Sequence[dict[str, Any]], kept: int) -> str:
         return f"The last of {len(epochs)} epochs was the best, and its validation loss the lowest: more epochs may help."
     if lowest is not last and last["validation_loss"] > 1.1 * lowest["validation_loss"]:
         return (
-            f"The validation loss was lowest after epoch {lowest['epoch']} and rose afterwards: the model began to learn the "
-            f"training rows by heart. Epoch {kept} was kept; fewer epochs, or more rows, may do better."
+            f"The validation loss was lowest after epoch {lowest['epoch']} and rose afterwards: the model began to learn "
+            f"the training rows by heart and grew too sure. Epoch {kept} was kept; fewer epochs give better probabilities."
         )
     return f"Epoch {kept} of {len(epochs)} was kept."
 

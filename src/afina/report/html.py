@@ -62,7 +62,7 @@ def render(run: RunFolder) -> str:
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:
-    """Write the report of a run, into its folder unless told otherwise. Raises CheckpointError where the folder is broken."""
+    """Write the report of a run, into its folder unless told otherwise; CheckpointError where the folder is broken."""
     run = read_run(folder)
     path = output or folder / REPORT
     text = render(run)

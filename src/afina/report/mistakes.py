@@ -1,7 +1,8 @@
 """The worst mistakes with their texts, and which of them may be wrong labels rather than wrong answers.
 
-A label is suspected, as confident learning does (https://arxiv.org/abs/1911.00068), where the model gives another class at
-least the probability that it gives that class on average where it is the label.
+A label is suspected where the model is sure of another class and where, of all its answers of that class that are at least
+as sure, 99 % are right. It takes a hundred such answers to say that, so small test sets have no suspects; a cousin of
+confident learning (https://arxiv.org/abs/1911.00068) that asks for more evidence.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from afina.report.words import counted, percent
 __all__ = ["mistakes", "suspected", "worst"]
 
 SHOWN = 20
-_SURE = 0.8  # below this no label is suspected, however unsure the model is elsewhere
+_SURE, _RIGHT = 0.8, 0.99
 
 
 def worst(answers: Answers) -> list[int]:
@@ -30,9 +31,9 @@ def suspected(answers: Answers) -> set[int]:
     found = set()
     for i in worst(answers):
         said = int(answers.answer[i])
-        own = answers.probabilities[answers.truth == said, said]
-        usual = float(own.mean()) if len(own) else 1.0
-        if answers.probabilities[i, said] >= max(usual, _SURE):
+        sure = answers.probabilities[i, said]
+        alike = (answers.answer == said) & (answers.probabilities[:, said] >= sure)
+        if sure >= _SURE and answers.right[alike].mean() >= _RIGHT:
             found.add(i)
     return found
 
@@ -45,14 +46,14 @@ def mistakes(run: RunFolder) -> Markup:
         return el("p", f"None: all {counted(len(answers.lines), 'test row')} are answered right.")
     items = []
     for i in order[:SHOWN]:
-        said, truth = answers.answer[i], answers.truth[i]
+        said, truth, share = answers.answer[i], answers.truth[i], answers.probabilities[i]
         tag = [" · ", el("span", "label error?", class_="tag")] if i in doubtful else []
         items.append(
             el(
                 "li",
                 text_of_user(answers.texts[i]),
-                el("p", "answered ", el("b", cut(labels[said]), dir="auto"), f" {percent(answers.probabilities[i, said])}, label ",
-                   el("b", cut(labels[truth]), dir="auto"), f" {percent(answers.probabilities[i, truth])} · line {answers.lines[i]}",
+                el("p", "answered ", el("b", cut(labels[said]), dir="auto"), f" {percent(share[said])}, label ",
+                   el("b", cut(labels[truth]), dir="auto"), f" {percent(share[truth])} · line {answers.lines[i]}",
                    *tag, class_="verdict"),
                 class_="suspect" if i in doubtful else None,
             )
@@ -61,8 +62,8 @@ def mistakes(run: RunFolder) -> Markup:
     shown = f"The {SHOWN} of {count} that the model was surest of" if len(order) > SHOWN else count.capitalize()
     sure = " The surest comes first." if len(order) > 1 else ""
     hint = (
-        f" {counted(len(doubtful), 'row')} marked “label error?”: there the model is as sure of another class as it usually is "
-        "where that class is the label. Read them: correct the file if the label is wrong, and learn from the row if it is right."
+        f" In {counted(len(doubtful), 'row')}, marked “label error?”, the label may be the mistake: of the answers that are "
+        "at least as sure, 99 % are right. Read them, and correct the file where the label is wrong."
         if doubtful
         else ""
     )

@@ -22,9 +22,8 @@ def answer(run: RunFolder) -> Markup:
     low, high = wilson(hits, rows)
     f1 = macro_f1_interval(test["confusion"])
     bases = {n: run.metrics["baselines"][k] for k, n in _BASELINES.items() if k in run.metrics["baselines"]}
-    bars = _bar("this model", hits / rows, (low, high))
-    for name, figures in bases.items():
-        bars += _bar(name, figures["accuracy"], None)
+    bars = [_bar("this model", hits / rows, (low, high))]
+    bars += [_bar(name, figures["accuracy"], None) for name, figures in bases.items()]
     best = max(bases, key=lambda name: bases[name]["accuracy"], default=None)
     verdict = "No baseline was stored to compare with."
     if best is not None:
@@ -41,7 +40,7 @@ def answer(run: RunFolder) -> Markup:
         "section",
         el("p", el("span", percent(hits / rows), class_="score"), " of the test rows are answered right"),
         el("p", el("b", f"{rows - hits:,} of {rows:,} wrong."), f" {verdict}"),
-        el("div", Markup(bars), class_="bars", role="img", aria_label="Accuracy of this model and of the baselines"),
+        el("div", *bars, class_="bars", role="img", aria_label="Accuracy of this model and of the baselines"),
         el("p", f"With 95 % confidence the accuracy on more rows like these lies between {interval(low, high)}; macro F1 "
            f"is {test['macro_f1']:.3f} ({f1[0]:.3f} to {f1[1]:.3f}). The test rows were read once, after training.",
            class_="note"),
@@ -79,33 +78,18 @@ def confusions(run: RunFolder) -> Markup:
         made = table("Classes that are taken for others, most often first", ["is", "answered", "times", "of rows"], rows,
                      numbers=[2, 3])  # fmt: skip
         left = f"{counted(len(pairs) - MATRIX, 'more pair')} of classes are confused, each at most as often. "
-        return el("div", made, el("p", (left if len(pairs) > MATRIX else "") + f"A matrix of {len(labels)} classes would not "
-                  "be readable; predictions.csv holds every row.", class_="note"))  # fmt: skip
-    rows = []
-    for i, label in enumerate(labels):
-        total = sum(matrix[i])
-        cells = [
-            el("span", f"{count:,}") if not count else Markup(f"<!--{'good' if i == j else 'bad'} {count / total:.2f}-->{count:,}")
-            for j, count in enumerate(matrix[i])
-        ]
-        rows.append([f"is {cut(label)}", *cells])
-    made = table("Test rows by their label (down) and by the answer (across)", ["", *(f"answered {cut(x)}" for x in labels)],
-                 rows, class_="matrix")  # fmt: skip
-    return _shaded(made)
+        return el("div", made, el("p", (left if len(pairs) > MATRIX else "") + f"A matrix of {len(labels)} classes would "
+                  "not be readable; predictions.csv holds every row.", class_="note"))  # fmt: skip
+    rows = [[f"is {cut(label)}", *(_shaded(n, sum(matrix[i]), i == j) for j, n in enumerate(matrix[i]))]
+            for i, label in enumerate(labels)]  # fmt: skip
+    columns = ["", *(f"answered {cut(x)}" for x in labels)]
+    return table("Test rows by their label (down) and by the answer (across)", columns, rows, class_="matrix")
 
 
-def _shaded(made: Markup) -> Markup:
-    """Colour of each cell by its share of the row; the number stays the information."""
-    for kind in ("good", "bad"):
-        start = f"<td><!--{kind} "
-        pieces = made.split(start)
-        made = Markup(
-            pieces[0]
-            + "".join(
-                f'<td class="{kind}" style="--strength: {0.1 + 0.45 * float(piece[:4]):.2f}">{piece[7:]}' for piece in pieces[1:]
-            )
-        )
-    return made
+def _shaded(count: int, total: int, right: bool) -> Markup:
+    """A number on a colour as strong as its share of the row; the number stays the information."""
+    strength = f"--strength: {0.1 + 0.45 * count / total:.2f}" if count else None
+    return el("span", f"{count:,}", class_=("good" if right else "bad") if count else None, style=strength)
 
 
 def classes(run: RunFolder) -> Markup:
@@ -121,7 +105,9 @@ def classes(run: RunFolder) -> Markup:
     made = table(f"Figures of each class on the test rows{order}", ["class", "precision", "recall", "F1", "rows"], rows,
                  numbers=[1, 2, 3, 4])  # fmt: skip
     if len(figures) > MATRIX:
-        head = table("The ten worst classes", ["class", "precision", "recall", "F1", "rows"], rows[:10], numbers=[1, 2, 3, 4])
+        head = table(
+            "The ten worst classes", ["class", "precision", "recall", "F1", "rows"], rows[:10], numbers=[1, 2, 3, 4]
+        )
         left = f" ({len(figures) - _MOST} better ones are in metrics.json)" if len(figures) > _MOST else ""
         made = el("div", head, el("details", el("summary", f"All {len(figures)} classes{left}"), made))
     explained = "Precision: of the rows answered so, the share that is so. Recall: of the rows that are so, the share found."
@@ -142,9 +128,7 @@ def calibrated(run: RunFolder) -> Markup:
     else:
         said = "It is less sure than it could be."
     described = f"{counted(len(bins), 'group')} of answers; on average promised {percent(mean)}, right {percent(share)}"
-    rows = [
-        [f"{b.low:.0%} to {b.high:.0%}", f"{b.rows:,}", percent(b.confidence), percent(b.hits / b.rows)] for b in bins
-    ]
+    rows = [[f"{b.low:.0%} to {b.high:.0%}", f"{b.rows:,}", percent(b.confidence), percent(b.hits / b.rows)] for b in bins]
     return el(
         "div",
         el("p", f"The model gave its answers a probability of {percent(mean)} on average and was right in {percent(share)}. "

@@ -50,5 +50,9 @@ def usage(run: RunFolder) -> Markup:
         el("pre", el("code", command_lines(run.path)), tabindex="0"),
         el("h3", "In Python"),
         el("pre", el("code", python_lines(run)), tabindex="0"),
-        el("p", "To repeat the run: ", el("code", f"afina train {shlex.quote(str(run.path / 'recipe.yaml'))} --output ANOTHER")),
+        el(
+            "p",
+            "To repeat the run: ",
+            el("code", f"afina train {shlex.quote(str(run.path / 'recipe.yaml'))} --output ANOTHER"),
+        ),
     )

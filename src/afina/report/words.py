@@ -9,7 +9,7 @@ def percent(share: float, digits: int = 1) -> str:
     """`95.5 %`; only all is 100 %, and only nothing is 0 %."""
     said = round(100 * share, digits)
     smallest = 10.0**-digits
-    if 0 < share and said <= 0:
+    if share > 0 and said <= 0:
         return f"<{smallest:.{digits}f} %"
     if share < 1 and said >= 100:
         return f">{100 - smallest:.{digits}f} %"
