@@ -112,7 +112,6 @@ class Adapter(nn.Module):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding"})  # of layers it can adapt
     mergeable: bool = True
     identity_at_init: ClassVar[bool] = True
-    mixes_rows: ClassVar[bool] = True  # may be one of several adapters in a mixed batch
     checkpoint_keys: dict[str, str] = {}  # parameter name -> name in PEFT's files, where they differ
 
     def __init__(
