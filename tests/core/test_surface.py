@@ -61,11 +61,10 @@ def test_imports_only_go_down() -> None:
             for inner in ast.walk(node)
         }
         for node in tree.body:  # imports within functions are made when they are needed
-            if isinstance(node, ast.ImportFrom) and node not in typing_only and (node.module or "").startswith("afina."):
-                base = (node.module or "").removeprefix("afina.").replace(".", "/")
-                targets = (
-                    [f"{base}.py"] if (SOURCE / f"{base}.py").is_file() else [f"{base}/{a.name}.py" for a in node.names]
-                )
+            if isinstance(node, ast.ImportFrom) and node not in typing_only and str(node.module).startswith("afina."):
+                base = str(node.module).removeprefix("afina.").replace(".", "/")
+                inside = [f"{base}/{alias.name}.py" for alias in node.names]
+                targets = [f"{base}.py"] if (SOURCE / f"{base}.py").is_file() else inside
                 wrong += [f"{path} imports {t}" for t in targets if (SOURCE / t).is_file() and place(t, places) > here]
     assert not wrong
 

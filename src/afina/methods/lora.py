@@ -28,10 +28,13 @@ from afina.core.lowrank import can_fuse, low_rank_linear
 from afina.core.registry import register
 from afina.core.targets import ModuleMap, matches_any
 from afina.core.ties import tied_names
-from afina.errors import Problems, TargetError, did_you_mean
+from afina.errors import ConfigError, Problems, TargetError, did_you_mean
 from afina.methods.bitfit import Bias
 
 __all__ = ["LoRA", "LoraConfig"]
+
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations of PEFT
+_ONLY_READ = ("eva", "orthogonal")
 
 
 @dataclass
@@ -63,8 +66,14 @@ class LoraConfig(TargetedConfig):
 
     def check(self, problems: Problems) -> None:
         super().check(problems)
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            problems.add(f"init_lora_weights={self.init_lora_weights!r}: expected True, False or 'gaussian'")
+        init = self.init_lora_weights
+        if str(init).startswith(_CHANGE_THE_BASE):
+            problems.add(
+                f"init_lora_weights={init!r} changed the base it was trained on, so its file alone does not fit the base; "
+                "convert it in PEFT with save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+            )
+        elif init not in (True, False, "gaussian", *_ONLY_READ):
+            problems.add(f"init_lora_weights={init!r}: expected True, False or 'gaussian'")
         if self.lora_bias and self.use_dora:
             problems.add("lora_bias=True and use_dora=True exclude each other: DoRA rescales what the bias is added to")
         if self.target_parameters:
@@ -113,6 +122,11 @@ class LoRA(Delta):
 
     @torch.no_grad()
     def reset(self, config: LoraConfig) -> None:
+        if config.init_lora_weights in _ONLY_READ:
+            raise ConfigError(
+                f"init_lora_weights={config.init_lora_weights!r}: afina reads adapters that began so, but begins with True, "
+                "False or 'gaussian'"
+            )
         zero, random = (self.lora_A, self.lora_B) if self.view.kind == "embedding" else (self.lora_B, self.lora_A)
         if self.view.kind == "embedding":
             random.normal_()
