@@ -1,0 +1,203 @@
+"""The report is made from the folder alone, holds no markup of the user's, stays small, and says what is broken."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from made_runs import made_run
+
+from afina.errors import CheckpointError
+from afina.report.comparison import compare_runs
+from afina.report.folder import Answers, read_run
+from afina.report.html import write_report
+from afina.report.mistakes import suspected, worst
+from afina.report.statistics import Bin, calibration, calibration_error, macro_f1_interval, mcnemar, wilson
+
+CHROMIUM = Path("/usr/bin/chromium")
+EVIL = "<script>alert(1)</script>"
+VOID = {"meta", "link", "br"}
+
+
+class Page(HTMLParser):
+    """Tags of a page, checked to be nested well."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.ids, self.links, self.words = [], [], set(), [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append((tag, attributes))
+        self.ids |= {attributes.get("id")}
+        self.links += [attributes[k] for k in ("href", "src") if k in attributes]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def page_of(folder):
+    text = write_report(folder).read_text(encoding="utf-8")
+    return text, Page(text)
+
+
+def test_the_answer_comes_first_and_every_section_is_there(tmp_path):
+    folder = made_run(tmp_path / "run", rows=179)
+    text, page = page_of(folder)
+    run = read_run(folder)
+    wrong = int((~run.answers.right).sum())
+    said = " ".join(page.words)
+    assert f"{wrong} of 179 wrong" in said
+    assert text.index(f"{wrong} of 179 wrong") < text.index("<h2>")
+    assert all(link[1:] in page.ids for link in page.links if link.startswith("#"))
+    assert [tag for tag, _ in page.tags].count("h1") == 1
+    assert all("aria-label" in a for tag, a in page.tags if tag == "svg" and a.get("role") == "img")
+    assert [t for t, _ in page.tags].count("table") == [t for t, _ in page.tags].count("caption") > 3
+    for part in ("2 rows dropped", "1 text", "some/base", "97 of 1,009", "epoch 2 kept", "1.2 KiB", "3.0 GiB"):
+        assert part in said, part
+
+
+def test_nothing_a_user_wrote_becomes_markup_or_a_request(tmp_path):
+    hostile = [EVIL, 'x" onload="y', "</style><img src=http://x/y>", "\u202eright to left", "שלום עולם", "a\x00b\u2028c\x0bd"]
+    folder = made_run(tmp_path / 'r"<un>', labels=[EVIL, "a & b", "<!--x"], texts=[f"{t} {EVIL}" for t in hostile],
+                      columns=(EVIL, "<b>label"), skill=0.0)  # fmt: skip
+    text, page = page_of(folder)
+    tags = {tag for tag, _ in page.tags}
+    assert not tags & {"script", "img", "iframe", "object", "b>label"}
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    assert all(link.startswith(("#", "data:,")) for link in page.links)
+    assert "http://" not in re.sub(r"&lt;img src=http://x/y&gt;", "", text)
+    assert "\x00" not in text
+    assert any(a.get("dir") == "auto" for _, a in page.tags)
+
+
+@pytest.mark.parametrize(("classes", "rows"), [(2, 10_000), (151, 10_000)])
+def test_small_whatever_the_rows_and_texts(tmp_path, classes, rows):
+    labels = [f"class number {i} " + "<&>" * 50 for i in range(classes)]
+    folder = made_run(tmp_path / "run", labels=labels, rows=rows, texts=["<&漢" * 7001], skill=0.5)
+    text, page = page_of(folder)
+    assert len(text.encode()) < 1_000_000
+    assert sum(a.get("class") == "matrix" for _, a in page.tags) == (classes == 2)
+    assert ("taken for others" in text) == (classes == 151)
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "metrics.json", "log.jsonl", "data/data_report.json", "predictions.csv",
+                                  "adapter/adapter_config.json", "adapter/adapter_model.safetensors"])  # fmt: skip
+def test_a_missing_or_broken_file_is_named(tmp_path, name):
+    folder = made_run(tmp_path / "run")
+    path = folder / name
+    whole = path.read_bytes()
+    path.unlink()
+    with pytest.raises(CheckpointError, match=name):
+        write_report(folder)
+    for broken in () if name.endswith("safetensors") else (b"", b"\xff\xfe\x00", whole[: len(whole) // 2] + b'{"', b"[1]", b"{}"):
+        if name == "log.jsonl" and broken == b"":
+            continue
+        path.write_bytes(broken)
+        with pytest.raises(CheckpointError, match=name):
+            write_report(folder)
+    assert not (folder / "report.html").exists()
+
+
+def test_predictions_of_another_run_are_refused(tmp_path):
+    a, b = made_run(tmp_path / "a"), made_run(tmp_path / "b", seed=1, skill=0.0)
+    shutil.copy(a / "predictions.csv", b / "predictions.csv")
+    with pytest.raises(CheckpointError, match="not of the same run"):
+        read_run(b)
+
+
+def test_statistics():
+    assert wilson(8, 179) == pytest.approx((0.0228, 0.0857), abs=5e-4)
+    assert wilson(0, 7)[0] == 0.0
+    assert wilson(7, 7)[1] == 1.0
+    for hits in range(14):
+        low, high = wilson(hits, 13)
+        assert 0 <= low <= hits / 13 <= high <= 1
+    assert mcnemar(0, 0) == mcnemar(5, 5) == 1.0
+    assert mcnemar(0, 5) == pytest.approx(2 / 2**5)
+    assert mcnemar(2, 9) == mcnemar(9, 2) == pytest.approx(2 * (1 + 11 + 55) / 2**11)
+    assert 0 < mcnemar(3000, 3400) < 1e-5
+    assert macro_f1_interval([[7, 0], [0, 3]]) == (1.0, 1.0)
+    low, high = macro_f1_interval([[73, 4], [4, 98]])
+    assert low < 0.9544 < high
+    bins = calibration(np.array([0.5, 0.95, 1.0]), np.array([True, False, True]))
+    assert [b.rows for b in bins] == [1, 2]
+    assert calibration_error(bins) == pytest.approx((0.5 + 2 * abs(0.5 - 0.975)) / 3)
+    assert calibration_error([Bin(0.9, 1.0, 10, 9, 0.9)]) == 0.0
+
+
+def test_a_label_is_suspected_only_where_answers_as_sure_are_nearly_always_right():
+    rows = 211
+    p = np.tile([0.99, 0.01], (rows, 1))
+    truth = np.zeros(rows, int)
+    truth[3] = 1
+    answers = Answers(list(range(rows)), ["x"] * rows, truth, np.zeros(rows, int), p)
+    assert suspected(answers) == {3}
+    truth[:29] = 1
+    assert suspected(answers) == set()
+    p[5] = [0.999, 0.001]
+    assert worst(answers)[0] == 5
+
+
+def test_compare_pairs_rows_and_says_when_it_cannot(tmp_path):
+    a, b, c = made_run(tmp_path / "a"), made_run(tmp_path / "b", seed=1, skill=0.0), made_run(tmp_path / "c", rows=43)
+    found = compare_runs([a, b, c])
+    first, *others = found["pairs"]
+    right = [read_run(x).answers.right for x in (a, b)]
+    assert first["same_test_rows"]
+    assert (first["only_first"], first["only_second"]) == (int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum()))
+    assert [(p["same_test_rows"], p["shared_rows"], "p" in p) for p in others] == [(False, 43, False)] * 2
+    (b / "metrics.json").unlink()
+    (c / "log.jsonl").unlink()
+    with pytest.raises(CheckpointError, match=r"(?s)metrics\.json.*log\.jsonl"):
+        compare_runs([a, b, c])
+
+
+@pytest.mark.parametrize("words", [["report"], ["compare", "--json"]])
+def test_the_commands(tmp_path, monkeypatch, capsys, words):
+    from afina.cli.main import main
+
+    runs = [made_run(tmp_path / name, seed=i) for i, name in enumerate("ab")]
+    for extra in ([], ["--json"]) if words[0] == "compare" else ([],):
+        typed = ["afina", words[0], *map(str, runs if words[0] == "compare" else runs[:1]), *extra]
+        monkeypatch.setattr(sys, "argv", typed)
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert not left.value.code
+        assert "0.95" in (said := capsys.readouterr().out) or str(runs[0]) in said
+    monkeypatch.setattr(sys, "argv", ["afina", words[0], str(tmp_path / "none")])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not CHROMIUM.exists(), reason="/usr/bin/chromium is not installed")
+def test_a_browser_opens_it_without_errors_or_requests(tmp_path):
+    folder = made_run(tmp_path / "run", texts=[EVIL, "plain"], skill=0.3)
+    path = write_report(folder)
+    words = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom",
+             f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={tmp_path / 'net.json'}", "--disable-background-networking",
+             path.as_uri()]  # fmt: skip
+    said = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+    assert "CONSOLE" not in said.stderr
+    assert "The worst mistakes" in said.stdout
+    assert "<script" not in said.stdout
+    page = Page(path.read_text(encoding="utf-8"))
+    assert not [a for _, a in page.tags if str(a.get("src") or a.get("href") or "").startswith(("http", "//", "file"))]
