@@ -54,14 +54,8 @@ def test_imports_only_go_down() -> None:
             continue
         here = place(path, places)
         tree = ast.parse(file.read_text(encoding="utf-8"))
-        typing_only = {
-            inner
-            for node in ast.walk(tree)
-            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-            for inner in ast.walk(node)
-        }
         for node in tree.body:  # imports within functions are made when they are needed
-            if isinstance(node, ast.ImportFrom) and node not in typing_only and str(node.module).startswith("afina."):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("afina."):
                 base = str(node.module).removeprefix("afina.").replace(".", "/")
                 inside = [f"{base}/{alias.name}.py" for alias in node.names]
                 targets = [f"{base}.py"] if (SOURCE / f"{base}.py").is_file() else inside
