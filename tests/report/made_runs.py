@@ -23,7 +23,9 @@ def made_run(folder, *, labels=("complaint", "other"), rows=47, texts=None, colu
     (folder / "data").mkdir(parents=True)
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"x" * 1234)
-    (folder / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "some/base"}))
+    (folder / "adapter" / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": "some/base"})
+    )
     test = classification_metrics(p, truth, labels)
     base = classification_metrics(np.tile(np.eye(n)[0], (rows, 1)), truth, labels)
     train = {"seconds": 61.5, "best_epoch": 2, "trainable_parameters": 97, "total_parameters": 1009, "steps": 6, "tokens": 500,

@@ -74,7 +74,14 @@ def test_the_answer_comes_first_and_every_section_is_there(tmp_path):
 
 
 def test_nothing_a_user_wrote_becomes_markup_or_a_request(tmp_path):
-    hostile = [EVIL, 'x" onload="y', "</style><img src=http://x/y>", "\u202eright to left", "שלום עולם", "a\x00b\u2028c\x0bd"]
+    hostile = [
+        EVIL,
+        'x" onload="y',
+        "</style><img src=http://x/y>",
+        "\u202eright to left",
+        "שלום עולם",
+        "a\x00b\u2028c\x0bd",
+    ]
     folder = made_run(tmp_path / 'r"<un>', labels=[EVIL, "a & b", "<!--x"], texts=[f"{t} {EVIL}" for t in hostile],
                       columns=(EVIL, "<b>label"), skill=0.0)  # fmt: skip
     text, page = page_of(folder)
@@ -106,7 +113,9 @@ def test_a_missing_or_broken_file_is_named(tmp_path, name):
     path.unlink()
     with pytest.raises(CheckpointError, match=name):
         write_report(folder)
-    for broken in () if name.endswith("safetensors") else (b"", b"\xff\xfe\x00", whole[: len(whole) // 2] + b'{"', b"[1]", b"{}"):
+    for broken in (
+        () if name.endswith("safetensors") else (b"", b"\xff\xfe\x00", whole[: len(whole) // 2] + b'{"', b"[1]", b"{}")
+    ):
         if name == "log.jsonl" and broken == b"":
             continue
         path.write_bytes(broken)
@@ -161,7 +170,10 @@ def test_compare_pairs_rows_and_says_when_it_cannot(tmp_path):
     first, *others = found["pairs"]
     right = [read_run(x).answers.right for x in (a, b)]
     assert first["same_test_rows"]
-    assert (first["only_first"], first["only_second"]) == (int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum()))
+    assert (first["only_first"], first["only_second"]) == (
+        int((right[0] & ~right[1]).sum()),
+        int((right[1] & ~right[0]).sum()),
+    )
     assert [(p["same_test_rows"], p["shared_rows"], "p" in p) for p in others] == [(False, 43, False)] * 2
     (b / "metrics.json").unlink()
     (c / "log.jsonl").unlink()

@@ -11,7 +11,7 @@ from afina.report.statistics import Bin, wilson
 
 __all__ = ["Line", "chart", "reliability", "smoothed", "thinned"]
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 270, 54, 14, 14, 44
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 270, 64, 14, 14, 44
 Point = tuple[float, float]
 
 

@@ -58,7 +58,7 @@ def _bar(name: str, share: float, between: tuple[float, float] | None) -> Markup
         drawn.append(el("line", x1=low, x2=high, y1=5, y2=5, class_="range"))
         drawn += [el("line", x1=end, x2=end, y1=2, y2=8, class_="range") for end in (low, high)]
     svg = el("svg", *drawn, viewBox="0 0 100 10", preserveAspectRatio="none", aria_hidden="true")
-    return Markup(el("span", name) + svg + el("span", percent(share), class_="n"))
+    return el("div", el("span", name), svg, el("span", percent(share), class_="n"))
 
 
 def confusions(run: RunFolder) -> Markup:

@@ -33,6 +33,7 @@ caption { text-align: left; padding-bottom: .3rem; font-size: .9rem; }
 th, td { padding: .3rem .75rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--rule);
     overflow-wrap: break-word; } thead th { color: var(--soft); font-weight: 500; } tbody th { font-weight: 500;
   max-width: 20rem; }
+.bars > div { display: contents; }
 .n { text-align: right; font-variant-numeric: tabular-nums; } .matrix td { text-align: center; padding: .4rem .6rem;
   min-width: 3.2rem;
     font-variant-numeric: tabular-nums; border: 1px solid var(--page); } .matrix thead th { max-width: 9rem;
@@ -65,9 +66,10 @@ code { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.25rem; margin: .5rem 0; } dt { color:
   var(--soft); } dd { margin: 0; }
 ul.found { padding-left: 1.2rem; margin: .4rem 0; }
-@media (max-width: 34rem) { body { padding: 1rem .9rem 3rem; } .answer { padding: .9rem; } .bars {
-  grid-template-columns: 1fr max-content; }
-    .bars svg { grid-column: 1 / -1; grid-row: auto; } .bars .n { order: 0; } dl { grid-template-columns: 1fr; gap: 0;
+@media (max-width: 34rem) { body { padding: 1rem .9rem 3rem; } .answer { padding: .9rem; } .bars { display: block; }
+  .bars > div { display: grid; grid-template-columns: 1fr max-content; margin-bottom: .5rem; }
+  .bars svg { grid-column: 1 / -1; grid-row: 2; }
+  dl { grid-template-columns: 1fr; gap: 0;
   } dd { margin-bottom: .5rem; }
     svg text { font-size: 15px; } pre { font-size: .8rem; } }
 @media print { :root { color-scheme: light; --page: #fff; --ink: #000; --soft: #444; --rule: #ccc; --box: #f4f4f4;
