@@ -28,17 +28,20 @@ def made_run(folder, *, labels=("complaint", "other"), rows=47, texts=None, colu
     )
     test = classification_metrics(p, truth, labels)
     base = classification_metrics(np.tile(np.eye(n)[0], (rows, 1)), truth, labels)
-    train = {"seconds": 61.5, "best_epoch": 2, "trainable_parameters": 97, "total_parameters": 1009, "steps": 6, "tokens": 500,
+    train = {"seconds": 61.5, "best_epoch": 2, "trainable_parameters": 97, "total_parameters": 1009, "steps": 6,
+             "tokens": 500,
              "tokens_per_second": 8.1, "peak_memory_bytes": 3 << 30, "precision": "fp32", "threads": 1}  # fmt: skip
     metrics = {"test": test, "validation": test, "baselines": {"majority": base, "word_counts": base}, "train": train,
                "versions": {"python": "3.11", "afina": "0"}}  # fmt: skip
     (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
     recipe = {"model": "minilm", "data": {"file": "rows.csv", "text": columns[0], "label": columns[1]},
-              "method": {"name": "lora", "r": 3}, "training": {"epochs": 3, "max_length": 61, "best": "macro_f1"}}  # fmt: skip
+              "method": {"name": "lora", "r": 3},
+              "training": {"epochs": 3, "max_length": 61, "best": "macro_f1"}}  # fmt: skip
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
     counts = {label: int((truth == i).sum()) for i, label in enumerate(labels)}
     report = {"file": "rows.csv", "rows": rows + 2, "kept": rows, "classes": counts, "duplicates": [5, 7], "truncated": 1,
-              "max_length": 61, "splits": {s: {"rows": rows, "classes": counts} for s in ("train", "validation", "test")}}  # fmt: skip
+              "max_length": 61,
+              "splits": {s: {"rows": rows, "classes": counts} for s in ("train", "validation", "test")}}  # fmt: skip
     (folder / "data" / "data_report.json").write_text(json.dumps(report), encoding="utf-8")
     lines = []
     for step in range(1, 7):
