@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import random
 
 import pytest
@@ -62,7 +63,7 @@ def test_what_is_written_is_read_back(tmp_path):
         (b"", "is empty"),
         (b"\xef\xbb\xbf  \n", "is empty"),
         (b"text,label\n", "no rows"),
-        (b"text,label\nfine,x\nna\xefve,y\n", "line 3, byte 3 is 0xef"),
+        ("text,label\nfüß,x\n".encode() + b"na\xefve,y\n", "line 3, byte 3 is 0xef"),
         (b"text,label\na\0b,x\n", "line 2 holds a zero byte"),
         (b"PK\x03\x04rest", "spreadsheet"),
         (b"text,label\none,two,three\nx\n", "line 2 has 3 fields, the header has 2"),
@@ -97,3 +98,38 @@ def test_missing_file_and_folder(tmp_path):
         read_csv(tmp_path / "none.csv")
     with pytest.raises(DataError, match="folder"):
         read_csv(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("cp1252", "naïve"),
+        ("cp1252", "Die Größe ändert sich für große Läden"),
+        ("cp1252", "Où est la bibliothèque ? Ça va"),
+        ("cp1251", "Привет как дела это текст"),
+        ("shift_jis", "これは日本語のテキストです。問題がありますか"),
+        ("gb18030", "这是一个中文文本请帮助我们解决问题"),
+    ],
+)
+def test_t41_an_older_encoding_is_found_and_said(tmp_path, encoding, text):
+    table = read_csv(written(tmp_path, "text,label\nfine,x\n" + f"{text},y\n" * 5, encoding))
+    assert [row["text"] for row in table.rows] == ["fine", *[text] * 5]
+    assert table.encoding == encoding
+    assert "line 3, byte" in table.notes[0]
+
+
+def test_t41_without_a_header(tmp_path):
+    path = written(tmp_path, 'ham\tsay "hi\nspam\t"win\n')
+    for table in (read_csv(path, {"1", "2"}), read_csv(path, header=False)):
+        assert table.columns == ["1", "2"]
+        assert [row["2"] for row in table.rows] == ['say "hi', '"win']
+        assert table.lines == [1, 2]
+        assert any("quotes" in note for note in table.notes)
+    with pytest.raises(DataError, match="line 2 has 1 fields, line 1 has 2"):
+        read_csv(written(tmp_path, "a,b\nc\n"), header=False)
+
+
+def test_packed(tmp_path):
+    path = tmp_path / "rows.csv.gz"
+    path.write_bytes(gzip.compress(b"text,label\na,b\n"))
+    assert read_csv(path).rows == [{"text": "a", "label": "b"}]

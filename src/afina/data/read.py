@@ -1,0 +1,234 @@
+"""Reads whatever people keep labelled texts in, into one `Table`: CSV, TSV, JSON, JSON Lines, Parquet, folders.
+
+A folder is either one subfolder of text files a class (`spam/17.txt`), or one file a split (`train.csv`, `val.csv`,
+`test.csv`). Parquet needs pyarrow, which comes with `afina[data]`; it is read batch by batch. `datasets` is not used: it
+is five times as heavy, and would guess types and headers in silence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from afina.data.table import Table, decoded, read_csv
+from afina.errors import DataError, MissingDependencyError, Problems, shortened
+
+__all__ = ["REPORT", "SPLITS", "read_table"]
+
+SPLITS = ("train", "validation", "test")
+REPORT = "data_report.json"
+NAMES = {
+    "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
+    "dev": "validation", "test": "test",
+}  # fmt: skip
+ENDINGS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".parquet")
+_WRONG = 5  # rows named in an error
+
+
+def read_table(path: str | Path, wanted: Iterable[str] = (), *, header: bool = True) -> Table:
+    """The table in a file or folder, by its ending; anything else is read as CSV.
+
+    Raises DataError with all that cannot be read, MissingDependencyError for Parquet without pyarrow.
+    """
+    path, wanted = Path(path), set(wanted)
+    if path.is_dir():
+        return _read_folder(path, wanted, header)
+    ending = Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
+    if ending in (".jsonl", ".ndjson"):
+        return _read_json_lines(path, wanted)
+    if ending == ".json":
+        return _read_json(path, wanted)
+    if ending == ".parquet":
+        return _read_parquet(path, wanted)
+    return read_csv(path, wanted, header=header)
+
+
+# --- JSON
+
+
+def _read_json_lines(path: Path, wanted: set[str]) -> Table:
+    text, encoding, notes = decoded(path)
+    found: list[tuple[int, Any]] = []
+    problems = Problems(str(path))
+    for line, content in enumerate(text.split("\n"), 1):
+        if content.strip():
+            try:
+                found.append((line, json.loads(content)))
+            except (json.JSONDecodeError, RecursionError) as error:
+                problems.add(f"line {line}{_json_place(error, with_line=False)}")
+    if problems.found and not found and text.lstrip().startswith(("[", "{")):
+        raise DataError(f"{path}: no line is JSON by itself. If the whole file is one JSON value, let its name end in .json")
+    _raise_first(problems)
+    return _from_objects(path, found, wanted, encoding, notes, "line")
+
+
+def _read_json(path: Path, wanted: set[str]) -> Table:
+    text, encoding, notes = decoded(path)
+    if not text.strip():
+        raise DataError(f"{path} is empty")
+    try:
+        content = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        first, _, rest = text.strip().partition("\n")
+        try:
+            if rest and isinstance(json.loads(first), dict):
+                return _read_json_lines(path, wanted)
+        except json.JSONDecodeError:
+            pass
+        raise DataError(f"{path} is not valid JSON{_json_place(error)}") from None
+    if isinstance(content, Mapping):
+        lists = {key: value for key, value in content.items() if isinstance(value, list)}
+        rows = [key for key, value in lists.items() if value and all(isinstance(row, Mapping) for row in value)]
+        if len(rows) == 1:
+            notes.append(f"the rows are read from the key {rows[0]!r}")
+            content = lists[rows[0]]
+        elif lists and len(lists) == len(content) and len({len(value) for value in lists.values()}) == 1:
+            content = [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
+        else:
+            raise DataError(
+                f"{path} holds one object with the keys {shortened(content) or '(none)'}; expected a list of rows, "
+                '[{"text": ..., "label": ...}, ...], or a list of values for each column'
+            )
+    if not isinstance(content, list):
+        raise DataError(f"{path} holds {type(content).__name__} {str(content)[:40]!r}; expected a list of rows")
+    return _from_objects(path, list(enumerate(content, 1)), wanted, encoding, notes, "row")
+
+
+def _json_place(error: Exception, *, with_line: bool = True) -> str:
+    if not isinstance(error, json.JSONDecodeError):
+        return ": it is nested too deeply"
+    return f"{f', line {error.lineno}' if with_line else ''}, column {error.colno}: {error.msg}"
+
+
+def _from_objects(
+    path: Path, found: list[tuple[int, Any]], wanted: set[str], encoding: str, notes: list[str], unit: str
+) -> Table:
+    """Rows of text from objects; a value that is no text or number is refused in a wanted column, kept as JSON elsewhere."""
+    if not found:
+        raise DataError(f"{path} has no rows")
+    problems = Problems(str(path))
+    columns: dict[str, None] = {}
+    for line, row in found:
+        if isinstance(row, Mapping):
+            columns.update(dict.fromkeys(str(key).strip() for key in row))
+        else:
+            problems.add(f"{unit} {line} is {json.dumps(row)[:40]}; expected an object with a value for each column")
+    rows, absent = [], dict.fromkeys(wanted & set(columns), 0)
+    for line, row in found:
+        if isinstance(row, Mapping):
+            values = {str(key).strip(): value for key, value in row.items()}
+            for name in absent:
+                absent[name] += name not in values
+                if isinstance(values.get(name), list | dict):
+                    problems.add(f"{unit} {line}, column {name!r} is {json.dumps(values[name])[:40]}; expected a text")
+            rows.append({name: _plain(values.get(name)) for name in columns})
+    _raise_first(problems)
+    notes += [f"column {name!r} is absent in {count} rows, read as empty" for name, count in absent.items() if count]
+    return Table(path, list(columns), rows, [line for line, _ in found], "", encoding, notes)
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _raise_first(problems: Problems) -> None:
+    """Raise with the first few problems and a count of the rest."""
+    more = len(problems.found) - _WRONG
+    del problems.found[_WRONG:]
+    problems.raise_as(DataError, f"{more} more rows are like that." if more > 0 else "")
+
+
+# --- Parquet
+
+
+def _read_parquet(path: Path, wanted: set[str]) -> Table:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise MissingDependencyError("pyarrow", "data", "reading Parquet files") from None
+    if not path.is_file():
+        raise DataError(f"there is no file {path}")
+    rows: list[Any] = []
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=10_000):
+                rows += batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is no whole Parquet file: {str(error).splitlines()[0]}") from None
+    return _from_objects(path, list(enumerate(rows, 1)), wanted, "utf-8", [], "row")
+
+
+# --- folders
+
+
+def _read_folder(folder: Path, wanted: set[str], header: bool) -> Table:
+    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    sides: dict[str, Path] = {}
+    for file in files:
+        stem, _, ending = file.name.lower().removesuffix(".gz").rpartition(".")
+        if stem in NAMES and f".{ending}" in ENDINGS:
+            if NAMES[stem] in sides:
+                two = f"{sides[NAMES[stem]].name} and {file.name}"
+                raise DataError(f"{folder} holds two {NAMES[stem]} files, {two}; keep one")
+            sides[NAMES[stem]] = file
+    if "train" in sides:
+        return _read_splits(folder, sides, wanted, header)
+    classes = sorted(p for p in folder.iterdir() if p.is_dir() and any(p.glob("*.txt")))
+    if classes:
+        return _read_texts(folder, classes)
+    here = shortened(sorted(p.name for p in folder.iterdir())) or "nothing"
+    raise DataError(
+        f"{folder} is a folder that holds {here}; expected a file, train and test files (train.csv, test.csv), or a "
+        "subfolder of .txt files for each class"
+    )
+
+
+def _read_splits(folder: Path, files: dict[str, Path], wanted: set[str], header: bool) -> Table:
+    prepared = None
+    if (folder / REPORT).is_file():
+        try:
+            prepared = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+            prepared = prepared if prepared.get("prepared_by") == "afina prepare" else None
+        except (ValueError, AttributeError) as error:
+            raise DataError(f"{folder / REPORT} is no report of `afina prepare`: {error}") from None
+    if prepared is not None:
+        wanted = wanted or {prepared["text"], prepared["label"]}
+    tables = {side: read_table(files[side], wanted, header=header) for side in SPLITS if side in files}
+    first = tables["train"]
+    problems = Problems(str(folder))
+    for side, table in tables.items():
+        lacking = [name for name in first.columns if name not in table.columns and (not wanted or name in wanted)]
+        if lacking:
+            problems.add(
+                f"{files[side].name} lacks the column {shortened(map(repr, lacking))} of {files['train'].name}; "
+                f"it has {shortened(table.columns)}"
+            )
+    problems.raise_as(DataError)
+    joined = Table(folder, first.columns, [], [], first.delimiter, first.encoding, sides=[], prepared=prepared)
+    for side, table in tables.items():
+        joined.rows += [{name: row.get(name, "") for name in first.columns} for row in table.rows]
+        joined.lines += [f"{files[side].name}:{line}" for line in table.lines]
+        joined.notes += [f"{files[side].name}: {note}" for note in table.notes]
+        assert joined.sides is not None
+        joined.sides += [side] * len(table.rows)
+    if prepared is not None:
+        joined.text, joined.label = prepared["text"], prepared["label"]
+    return joined
+
+
+def _read_texts(folder: Path, classes: list[Path]) -> Table:
+    table = Table(folder, ["text", "label", "file"], [], [], "", "utf-8", text="text", label="label")
+    for place in classes:
+        for file in sorted(place.glob("*.txt")):
+            name = f"{place.name}/{file.name}"
+            text, encoding, _ = decoded(file)
+            if not encoding.startswith("utf"):
+                table.notes.append(f"{name} is read as {encoding}, since it is not UTF-8")
+            table.rows.append({"text": text, "label": place.name, "file": name})
+            table.lines.append(name)
+    return table
