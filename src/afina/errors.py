@@ -10,6 +10,7 @@
     ├── MergeError                an adapter cannot be merged, or was merged already    (also a ValueError)
     ├── DataError                 the user's file cannot be used as asked               (also a ValueError)
     ├── TrainingError             a run would teach the model nothing, or has gone wrong (also a RuntimeError)
+    │   └── StoppedError          a run was asked to stop and has written a checkpoint
     └── MissingDependencyError    an optional library is not installed                  (also an ImportError)
 
 A message names what was typed, what was found, what was expected, the nearest match and the cure. Problems that can be
@@ -32,6 +33,7 @@ __all__ = [
     "MergeError",
     "MissingDependencyError",
     "Problems",
+    "StoppedError",
     "TargetError",
     "TrainingError",
     "did_you_mean",
@@ -77,6 +79,14 @@ class DataError(AfinaError, ValueError):
 
 class TrainingError(AfinaError, RuntimeError):
     """A run would teach the model nothing, or has gone wrong."""
+
+
+class StoppedError(TrainingError):
+    """A run was asked to stop, by Ctrl-C or SIGTERM, and has written a checkpoint; `signal` is the signal's number."""
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal
 
 
 class MissingDependencyError(AfinaError, ImportError):

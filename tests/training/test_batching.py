@@ -7,7 +7,7 @@ import random
 import pytest
 
 from afina.training.batching import parts, shuffled_batches, sorted_batches
-from afina.training.loop import linear_schedule
+from afina.training.optimizers import SCHEDULES, schedule_factor
 
 
 @pytest.mark.parametrize("rows", [1, 7, 16, 257, 1009])
@@ -43,9 +43,12 @@ def test_parts_cover_the_batch(rows, count):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 200])
-def test_learning_rate_is_never_zero_within_the_run_and_peaks_once(steps):
-    factor = linear_schedule(steps, 0.1)
-    values = [factor(i) for i in range(steps)]
-    assert all(0 < v <= 1 for v in values)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_learning_rate_is_never_zero_within_the_run_and_falls_after_its_peak(name, steps):
+    values = [schedule_factor(name, steps, 0.1, i) for i in range(steps + 1)]
+    assert all(0 < v <= 1 for v in values[:-1])
     assert max(values) == 1.0
-    assert factor(steps) <= 1 / steps
+    peak = values.index(1.0)
+    assert values[: peak + 1] == sorted(values[: peak + 1])
+    assert values[peak:] == sorted(values[peak:], reverse=True)
+    assert values[-1] == 1.0 if name == "constant" else values[-1] <= 1 / steps

@@ -152,14 +152,14 @@ def test_a_checkpoint_of_another_model_is_refused(places, tmp_path):
 
 
 def test_an_unfinished_checkpoint_is_not_taken(tmp_path):
-    (tmp_path / "epoch-3").mkdir()
-    (tmp_path / ".epoch-4.1").mkdir()
+    (tmp_path / "step-3").mkdir()
+    (tmp_path / ".step-4.1").mkdir()
     assert checkpoints.latest(tmp_path) is None
-    (tmp_path / "epoch-10").mkdir()
-    (tmp_path / "epoch-9").mkdir()
-    for name in ("epoch-10", "epoch-9"):
+    (tmp_path / "step-10").mkdir()
+    (tmp_path / "step-9").mkdir()
+    for name in ("step-10", "step-9"):
         (tmp_path / name / "state.json").write_text("{}")
-    assert checkpoints.latest(tmp_path).name == "epoch-10"
+    assert checkpoints.latest(tmp_path).name == "step-10"
 
 
 def test_t45_fp16_on_a_cpu_names_the_alternative():

@@ -42,7 +42,7 @@ def test_the_folder_holds_what_was_promised(done):
     assert {
         "recipe.yaml", "metrics.json", "log.jsonl", "predictions.csv", "data/train.csv", "data/validation.csv",
         "data/test.csv", "data/data_report.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
-        "adapter/tokenizer.json", "adapter/README.md", "checkpoints/epoch-3/state.json",
+        "adapter/tokenizer.json", "adapter/README.md", f"checkpoints/step-{metrics['train']['steps']}/state.json",
     } <= there  # fmt: skip
     assert not [name for name in there if "/." in f"/{name}"]
     written = json.loads((run.output / "metrics.json").read_text())

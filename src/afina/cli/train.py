@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -66,7 +67,7 @@ def train(
     given = {name: value for name, value in locals().items() if name in PLACES and value is not None}
     started = time.perf_counter()
     quiet()
-    from afina.errors import Problems
+    from afina.errors import Problems, StoppedError
     from afina.training.run import prepare
 
     problems = Problems("afina train")
@@ -85,7 +86,13 @@ def train(
         return
     if speaks:
         heading("Training")
-    metrics = run.execute(show_line)
+    try:
+        metrics = run.execute(show_line)
+    except StoppedError as stop:
+        if speaks:
+            again = shlex.join(["afina", "train", "--resume", "--output", str(output)])
+            console(stderr=True).print(f"\n{stop}. To go on:\n  {again}", markup=False)
+        raise typer.Exit(128 + stop.signal) from None
     if speaks:
         show_outcome(run, metrics, time.perf_counter() - started)
 

@@ -25,7 +25,7 @@ _NEEDED: dict[str, dict[str, type | tuple[type, ...]]] = {
     "metrics.json": {
         "test.rows": int, "test.accuracy": (int, float), "test.macro_f1": (int, float), "test.loss": (int, float),
         "test.per_class": dict, "test.confusion": list, "test.labels": list, "validation": dict, "baselines": dict,
-        "train.seconds": (int, float), "train.best_epoch": int, "train.trainable_parameters": int,
+        "train.seconds": (int, float), "train.best_epoch": (int, float), "train.trainable_parameters": int,
         "train.total_parameters": int, "versions": dict,
     },
     "recipe.yaml": {"model": str, "data.text": str, "data.label": str, "method.name": str, "training": dict},

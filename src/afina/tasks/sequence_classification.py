@@ -44,6 +44,7 @@ class SequenceClassification:
 
     name = "sequence_classification"
     task_type = "SEQ_CLS"
+    label_smoothing = 0.0  # of the training loss; figures do not know it
 
     def __init__(self, labels: Sequence[str], tokenizer: Any):
         self.labels = list(labels)
@@ -130,7 +131,8 @@ class SequenceClassification:
 
     def loss_sum(self, model: Any, batch: Batch) -> torch.Tensor:
         """Cross-entropy, summed over the targets of the batch; the step divides by all its targets (T25)."""
-        return F.cross_entropy(self.logits(model, batch), batch["labels"], reduction="sum")
+        logits, labels = self.logits(model, batch), batch["labels"]
+        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
 
     def logits(self, model: Any, batch: Batch) -> torch.Tensor:
         """Scores `[rows, classes]` in float32."""

@@ -2,17 +2,21 @@
 
 A step divides the summed loss by all targets of the step, over its parts and over all processes, so that neither
 accumulation nor more processes change it (T25). The loop stops with an error where the loss is not a number and where the
-adapter does not move (T10). Validation chooses the epoch whose weights are kept.
+adapter does not move (T10). Validation chooses the weights that are kept. A run that is killed at any moment goes on from
+its last checkpoint with the losses and weights it would have had (T3).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +25,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 
 from afina.core.adapter import SavedModule
-from afina.errors import TrainingError
+from afina.core.files import write_atomically
+from afina.errors import StoppedError, TrainingError
 from afina.training import checkpoints
 from afina.training.batching import parts, shuffled_batches, sorted_batches
+from afina.training.optimizers import make_optimizer, schedule_factor
 from afina.training.recipe import TrainingOptions
 
 __all__ = ["Fitted", "Rows", "fit", "make_accelerator", "predict"]
@@ -53,7 +60,8 @@ class Fitted:
     seconds: float = 0.0
     steps: int = 0
     tokens: int = 0
-    best_epoch: int = 0
+    best_epoch: float = 0
+    best_step: int = 0
     validation: dict[str, Any] = field(default_factory=dict)
     peak_memory_bytes: int = 0
 
@@ -84,77 +92,119 @@ def fit(
     tell: Callable[[dict[str, Any]], None] = lambda line: None,
     resume: bool = False,
 ) -> Fitted:
-    """Train the adapter of `model`; at the end it holds the weights of the best epoch.
+    """Train the adapter of `model`; at the end it holds the weights that validation liked best.
 
-    `tell` gets every line that goes to `log.jsonl` in `folder`. `resume` goes on from the last checkpoint there.
+    `tell` gets every line that goes to `log.jsonl` in `folder`. `resume` goes on from the last checkpoint there, within an
+    epoch too. Raises StoppedError, with a checkpoint written, after the step in which Ctrl-C or SIGTERM came.
     """
     started, result = time.perf_counter(), Fitted()
     assert options.learning_rate is not None  # Recipe.check resolves it
+    task.label_smoothing = options.label_smoothing
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(_groups(trained, options.weight_decay), lr=options.learning_rate, betas=(0.9, 0.999))
+    optimizer: Any = make_optimizer(options.optimizer, trained, options.learning_rate, options.weight_decay)
     steps_per_epoch = math.ceil(len(train.ids) / options.batch_size)
     total_steps = steps_per_epoch * options.epochs
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, linear_schedule(total_steps, options.warmup))
+    between = max(1.0, options.evaluate_every * (steps_per_epoch if options.evaluate_unit == "epochs" else 1))
     best: dict[str, torch.Tensor] = {}
-    best_score, first_epoch = (-math.inf, -math.inf), 1
-    last = checkpoints.latest(folder / "checkpoints") if resume else None
+    best_score, waited, since_loss, since_targets = (-math.inf, -math.inf), 0, 0.0, 0
+    places = folder / "checkpoints"
+    last = checkpoints.latest(places) if resume else None
     if resume and last is None:
         raise TrainingError(f"--resume: {folder} has no checkpoint to go on from; leave --resume out")
+    saved: dict[str, Any] = {}
+    same = {"training rows": _fingerprint(train), "batch_size": options.batch_size, "seed": options.seed,
+            "optimizer": options.optimizer}  # fmt: skip
     if last is not None:
-        state, best = checkpoints.load(last, trained, optimizer, scheduler)
-        best_score, first_epoch = tuple(state["best_score"]), state["epoch"] + 1
+        state, saved, best = checkpoints.load(last, trained)
+        _stop_unless_same(state["same"], same, last)
+        optimizer.load_state_dict(saved["optimizer"])
+        best_score, waited, (since_loss, since_targets) = tuple(state["best_score"]), state["waited"], state["since"]
         result = Fitted(**state["fitted"])
         started -= result.seconds
     watched = _adapter_parameters(model)
     before = {name: p.detach().clone() for name, p in watched.items()}
     wrapped, optimizer = accelerator.prepare(model, optimizer)
+    if last is not None:
+        if accelerator.scaler is not None and "scaler" in saved:
+            accelerator.scaler.load_state_dict(saved["scaler"])
+        if accelerator.process_index < len(saved["chance"]):
+            checkpoints.set_random_states(saved["chance"][accelerator.process_index])
 
-    with Log(folder / "log.jsonl", accelerator.is_main_process, tell, keep=result.steps if resume else 0) as log:
-        for epoch in range(first_epoch, options.epochs + 1):
-            model.train()
-            epoch_loss = epoch_targets = 0.0
-            for rows in shuffled_batches(train.lengths, options.batch_size, seed=options.seed, epoch=epoch):
-                batches = list(_parts_of_step(task, train, rows, options.gradient_accumulation, accelerator))
-                targets = sum(task.targets_in(batch) for counts, batch in batches if counts)
-                targets = int(accelerator.reduce(torch.tensor(float(targets), device=accelerator.device)))
-                loss = torch.zeros((), device=accelerator.device)
-                for counts, batch in batches:
-                    with _together(accelerator, wrapped, last=batch is batches[-1][1]), accelerator.autocast():
-                        part = task.loss_sum(wrapped, batch) / targets * (1 if counts else 0)
-                    accelerator.backward(part * accelerator.num_processes)  # processes average their gradients
-                    loss += part.detach()
-                    result.tokens += int(batch["attention_mask"].sum()) if counts else 0
-                loss = accelerator.reduce(loss)
-                norm = accelerator.clip_grad_norm_(trained.values(), options.max_grad_norm)
-                rate = float(scheduler.get_last_lr()[0])
-                _stop_unless_finite(float(loss), result.steps + 1, epoch, rate, options)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                scheduler.step()
-                result.steps += 1
-                epoch_loss, epoch_targets = epoch_loss + float(loss) * targets, epoch_targets + targets
-                log(epoch=epoch, step=result.steps, of=total_steps, loss=float(loss), gradient_norm=float(norm),
-                    learning_rate=rate, targets=targets)  # fmt: skip
-                if result.steps == min(_PATIENCE, total_steps):
-                    _stop_unless_moved(watched, before)
-
-            probabilities = predict(model, task, validation.ids, options.batch_size * 2, accelerator)
-            figures = task.metrics(probabilities, validation.targets)
-            score = (-figures["loss"] if options.best == "loss" else figures[options.best], -figures["loss"])
-            improved = score > best_score
-            if improved:
-                best_score, result.best_epoch, result.validation = score, epoch, figures
-                best = {name: p.detach().cpu().clone() for name, p in trained.items()}
+    def checkpoint() -> None:
+        chance = [checkpoints.random_states()]
+        if accelerator.num_processes > 1:
+            chance = gather_object(chance)
+        if accelerator.is_main_process:
             result.seconds = time.perf_counter() - started
-            chosen = {f"validation_{key}": figures[key] for key in ("loss", "accuracy", "macro_f1")}
-            log(epoch=epoch, step=result.steps, train_loss=epoch_loss / epoch_targets, best=improved,
-                seconds=round(result.seconds, 2), **chosen)  # fmt: skip
-            if accelerator.is_main_process:
-                live = {name: p.detach() for name, p in trained.items()}
-                state = {"best_score": best_score, "fitted": vars(result)}
-                checkpoints.save(folder / "checkpoints", epoch, live, best, state, optimizer, scheduler)
-            accelerator.wait_for_everyone()
+            state = {"best_score": best_score, "waited": waited, "since": [since_loss, since_targets], "same": same,
+                     "fitted": vars(result)}  # fmt: skip
+            tensors = {"optimizer": optimizer.state_dict(), "chance": chance}
+            if accelerator.scaler is not None:
+                tensors["scaler"] = accelerator.scaler.state_dict()
+            live = {name: p.detach() for name, p in trained.items()}
+            checkpoints.save(places, result.steps, live, best, state, tensors,
+                             keep=options.keep_checkpoints, best_step=result.best_step)  # fmt: skip
+        accelerator.wait_for_everyone()
 
+    with Log(folder / "log.jsonl", accelerator.is_main_process, tell, keep=result.steps if resume else None) as log, \
+            Signals() as signals:  # fmt: skip
+        if last is None:
+            checkpoint()  # so that a run that is killed early can go on as well
+        batches: list[list[int]] = []
+        while result.steps < total_steps and not (options.patience and waited >= options.patience):
+            epoch, position = divmod(result.steps, steps_per_epoch)
+            if not position or not batches:
+                batches = shuffled_batches(train.lengths, options.batch_size, seed=options.seed, epoch=epoch + 1)
+            model.train()
+            made = list(_parts_of_step(task, train, batches[position], options.gradient_accumulation, accelerator))
+            targets = sum(task.targets_in(batch) for counts, batch in made if counts)
+            targets = int(accelerator.reduce(torch.tensor(float(targets), device=accelerator.device)))
+            loss = torch.zeros((), device=accelerator.device)
+            for counts, batch in made:
+                with _together(accelerator, wrapped, last=batch is made[-1][1]), accelerator.autocast():
+                    part = task.loss_sum(wrapped, batch) / targets * (1 if counts else 0)
+                accelerator.backward(part * accelerator.num_processes)  # processes average their gradients
+                loss += part.detach()
+                result.tokens += int(batch["attention_mask"].sum()) if counts else 0
+            loss = accelerator.reduce(loss)
+            norm = accelerator.clip_grad_norm_(trained.values(), options.max_grad_norm)
+            factor = schedule_factor(options.schedule, total_steps, options.warmup, result.steps)
+            rate = options.learning_rate * factor
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            _stop_unless_finite(float(loss), result.steps + 1, epoch + 1, rate, options)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            result.steps += 1
+            since_loss, since_targets = since_loss + float(loss) * targets, since_targets + targets
+            log(epoch=epoch + 1, step=result.steps, of=total_steps, loss=float(loss), gradient_norm=float(norm),
+                learning_rate=rate, targets=targets)  # fmt: skip
+            if result.steps == min(_PATIENCE, total_steps):
+                _stop_unless_moved(watched, before)
+
+            now = result.steps
+            evaluated = now == total_steps or math.floor(now / between + 1e-9) > math.floor((now - 1) / between + 1e-9)
+            if evaluated:
+                probabilities = predict(model, task, validation.ids, options.batch_size * 2, accelerator)
+                figures = task.metrics(probabilities, validation.targets)
+                score = (-figures["loss"] if options.best == "loss" else figures[options.best], -figures["loss"])
+                improved, reached = score > best_score, _epochs(now, steps_per_epoch)
+                waited = 0 if improved else waited + 1
+                if improved:
+                    best_score, result.best_epoch, result.best_step, result.validation = score, reached, now, figures
+                    best = {name: p.detach().cpu().clone() for name, p in trained.items()}
+                chosen = {f"validation_{key}": figures[key] for key in ("loss", "accuracy", "macro_f1")}
+                log(epoch=reached, step=now, train_loss=since_loss / since_targets, best=improved,
+                    seconds=round(time.perf_counter() - started, 2), **chosen)  # fmt: skip
+                since_loss, since_targets = 0.0, 0
+            asked = int(accelerator.reduce(torch.tensor(float(signals.seen), device=accelerator.device), reduction="sum"))
+            if evaluated or asked or (options.checkpoint_every and now % options.checkpoint_every == 0):
+                checkpoint()
+            if asked:
+                code = signals.seen or int(signal.SIGTERM)  # where another process alone was asked
+                raise StoppedError(f"stopped after step {now} of {total_steps}; a checkpoint is written", code)
+
+    result.seconds = time.perf_counter() - started
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(best[name])
@@ -181,34 +231,58 @@ def predict(
     return answers
 
 
-def linear_schedule(steps: int, warmup: float) -> Callable[[int], float]:
-    """Factor of the learning rate: up over the first share of the steps, then down to almost nothing at the last."""
-    rising = max(1, round(steps * warmup))
+class Signals:
+    """Notes Ctrl-C and SIGTERM instead of dying of them, so that the step under way is finished; a second one ends at once.
 
-    def factor(step: int) -> float:
-        if step < rising:
-            return (step + 1) / rising
-        return max(0.0, (steps - step) / max(1, steps - rising + 1))
+    `seen` is the signal's number, 0 for none. Outside the main thread, where Python takes no signals, nothing changes.
+    """
 
-    return factor
+    def __init__(self) -> None:
+        self.seen, self.old = 0, dict[int, Any]()
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            self.old = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.seen = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+        self.old = {}
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
 
 
 class Log:
-    """`log.jsonl`, one line a call, in the main process alone; a resumed run drops the lines after its checkpoint."""
+    """`log.jsonl`, one line a call, in the main process alone; a resumed run drops the lines after its checkpoint.
 
-    def __init__(self, path: Path, write: bool, tell: Callable[[dict[str, Any]], None], keep: int):
-        self.tell, self.file = tell, None
+    `keep`: the step of that checkpoint; None starts a new file.
+    """
+
+    def __init__(self, path: Path, write: bool, tell: Callable[[dict[str, Any]], None], keep: int | None):
+        self.tell, self.file, self.path = tell, None, path
         if write:
             path.parent.mkdir(parents=True, exist_ok=True)
-            old = path.read_text(encoding="utf-8").splitlines() if keep and path.is_file() else []
-            kept = [line for line in old if json.loads(line)["step"] <= keep]
-            self.file = path.open("w", encoding="utf-8")
-            self.file.writelines(f"{line}\n" for line in kept)
+            old = path.read_text(encoding="utf-8").splitlines(keepends=True) if keep is not None and path.is_file() else []
+            kept = [line for line in old if line.endswith("\n") and json.loads(line)["step"] <= (keep or 0)]
+            write_atomically(path, lambda beside: beside.write_text("".join(kept), encoding="utf-8"))
+            self.file = path.open("a", encoding="utf-8")
 
     def __call__(self, **line: Any) -> None:
         if self.file is not None:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
+            try:
+                self.file.write(json.dumps(line) + "\n")
+                self.file.flush()
+            except OSError as error:
+                raise TrainingError(
+                    f"{self.path} could not be written at step {line['step']} ({error.strerror}); make room and go on from "
+                    "the last checkpoint with --resume"
+                ) from error
             self.tell(line)
 
     def __enter__(self) -> Log:
@@ -216,13 +290,23 @@ class Log:
 
     def __exit__(self, *_: object) -> None:
         if self.file is not None:
-            self.file.close()
+            with suppress(OSError):  # every line was flushed, and one that was not has been told
+                self.file.close()
 
 
-def _groups(trained: Mapping[str, torch.Tensor], decay: float) -> list[dict[str, Any]]:
-    matrices = [p for p in trained.values() if p.dim() >= 2]
-    vectors = [p for p in trained.values() if p.dim() < 2]
-    return [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+def _epochs(steps: int, steps_per_epoch: int) -> int | float:
+    whole, rest = divmod(steps, steps_per_epoch)
+    return whole if not rest else round(steps / steps_per_epoch, 2)
+
+
+def _fingerprint(rows: Rows) -> str:
+    return hashlib.sha256(json.dumps([rows.ids, rows.targets]).encode()).hexdigest()[:16]
+
+
+def _stop_unless_same(then: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Path) -> None:
+    wrong = [f"{key} was {then.get(key)!r} and is {value!r}" for key, value in now.items() if then.get(key) != value]
+    if wrong:
+        raise TrainingError(f"--resume: {checkpoint} is of another run: {'; '.join(wrong)}. Put it back, or start a new run")
 
 
 def _parts_of_step(

@@ -18,6 +18,7 @@ import yaml
 
 from afina.core.config import AdapterConfig, check_limits, option
 from afina.errors import ConfigError, Problems, did_you_mean
+from afina.training.optimizers import OPTIMIZERS, SCHEDULES
 
 __all__ = ["DataOptions", "Recipe", "TrainingOptions", "parse_value", "read_recipe"]
 
@@ -63,7 +64,15 @@ class TrainingOptions:
     max_length: int | None = option(None, "tokens of a text; None: the longest, up to what the model can take", low=2)
     max_truncated: float = option(0.3, "largest share of texts that may be cut off", low=0.0, high=1.0)
     precision: str = option("auto", "of the arithmetic", choices=("auto", "fp32", "bf16", "fp16"))
-    best: str = option("macro_f1", "what chooses the epoch that is kept", choices=("macro_f1", "accuracy", "loss"))
+    optimizer: str = option("adamw", "what moves the weights; 8 bits need afina[bitsandbytes]", choices=OPTIMIZERS)
+    schedule: str = option("linear", "of the learning rate after its rise", choices=SCHEDULES)
+    label_smoothing: float = option(0.0, "share of the target that is spread over all classes", low=0.0, high=0.9)
+    best: str = option("macro_f1", "what chooses the weights that are kept", choices=("macro_f1", "accuracy", "loss"))
+    evaluate_every: float = option(1.0, "epochs or steps between evaluations on the validation rows", low=0.001)
+    evaluate_unit: str = option("epochs", "what evaluate_every counts", choices=("epochs", "steps"))
+    patience: int = option(0, "evaluations in a row without a better one that end the run; 0: none do", low=0)
+    checkpoint_every: int = option(0, "steps between checkpoints; 0: one at each evaluation alone", low=0)
+    keep_checkpoints: int = option(1, "last checkpoints that are kept, beside the best", low=1)
     seed: int = option(0, "of the split, the new weights and the order of rows", low=0)
 
 
