@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from afina.errors import MissingDependencyError
+from afina.errors import ConfigError, MissingDependencyError
 
 __all__ = ["OPTIMIZERS", "SCHEDULES", "make_optimizer", "schedule_factor"]
 
@@ -23,12 +23,15 @@ SCHEDULES = ("linear", "cosine", "constant")
 def make_optimizer(name: str, trained: Mapping[str, torch.Tensor], rate: float, decay: float) -> torch.optim.Optimizer:
     """An optimizer over the trained parameters; matrices decay, vectors do not.
 
-    Raises MissingDependencyError where it comes from bitsandbytes, which is not installed.
+    Raises MissingDependencyError where it comes from bitsandbytes, which is not installed, and ConfigError for a paged one
+    on a CPU.
     """
     matrices = [p for p in trained.values() if p.dim() >= 2]
     vectors = [p for p in trained.values() if p.dim() < 2]
     groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
+    if name.startswith("paged") and any(p.device.type == "cpu" for p in trained.values()):
+        raise ConfigError(f"optimizer={name}: on a CPU nothing can be paged out; use {name.removeprefix('paged_')}")
     if name in _BITSANDBYTES:
         try:
             import bitsandbytes.optim as made
