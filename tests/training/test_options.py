@@ -9,8 +9,10 @@ import torch
 from test_loop import fitted, prepared
 from tiny_bases import save_bert, write_rows
 
-from afina.errors import ConfigError, MissingDependencyError
+from afina.cli.train import training_options
+from afina.errors import ConfigError, MissingDependencyError, Problems
 from afina.training.optimizers import OPTIMIZERS, make_optimizer
+from afina.training.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +119,14 @@ def test_patience_ends_the_run_with_the_best_weights(places, tmp_path):
     assert all(torch.equal(weights[name], seen[1][name]) for name in weights)
     again, _ = fitted(run, resume=True)  # patience has run out there, too
     assert again.steps == 36
+
+
+def test_options_as_typed():
+    problems, recipe = Problems("train"), Recipe()
+    typed = ["training.patience=2", "training.evaluate-every=0.5", "r=3", "training.optimiser=sgd", "training.schedule=5.x"]
+    assert training_options([*typed, "training.keep_checkpoints=few"], recipe.training, problems) == ["r=3"]
+    assert (recipe.training.patience, recipe.training.evaluate_every) == (2, 0.5)
+    assert "Did you mean 'optimizer'" in problems.found[0]
+    assert "keep_checkpoints=few: expected a whole number" in problems.found[1]
+    recipe.check(problems)
+    assert "schedule='5.x': expected one of 'linear'" in problems.found[2]

@@ -6,7 +6,7 @@ import os
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -14,7 +14,7 @@ from afina.cli.show import console, heading, pairs, quiet, table
 
 if TYPE_CHECKING:
     from afina.errors import Problems
-    from afina.training.recipe import Recipe
+    from afina.training.recipe import Recipe, TrainingOptions
     from afina.training.run import Run
 
 __all__ = ["train"]
@@ -114,11 +114,35 @@ def assemble(given: dict[str, Any], arguments: list[str], problems: Problems) ->
                 recipe.method = {"name": value}
         else:
             setattr(getattr(recipe, section) if section else recipe, key, value)
+    words = [a for a in arguments if a not in files]
+    words = training_options(words, recipe.training, problems)
     chosen = methods().get(str(recipe.method["name"]))
     if chosen is not None:  # else its name is a problem that the recipe's own check tells
-        words = [a for a in arguments if a not in files]
         recipe.method.update(method_options(words, chosen.config, chosen.name, problems))
     return recipe
+
+
+def training_options(words: list[str], training: TrainingOptions, problems: Problems) -> list[str]:
+    """Put every `training.KEY=VALUE` into the recipe; returns the other words."""
+    from afina.errors import did_you_mean
+    from afina.training.recipe import parse_value
+
+    hints = get_type_hints(type(training))
+    others = []
+    for word in words:
+        place, equals, text = word.partition("=")
+        section, _, key = place.strip().rpartition(".")
+        key = key.replace("-", "_")
+        if section != "training" or not equals:
+            others.append(word)
+        elif key not in hints:
+            problems.add(f"{place!r} is no key of a recipe.{did_you_mean(key, hints)}")
+        else:
+            try:
+                setattr(training, key, parse_value(text.strip(), hints[key]))
+            except ValueError as error:
+                problems.add(f"{word}: {error}")
+    return others
 
 
 def show_plan(run: Run) -> None:
@@ -173,7 +197,10 @@ def show_plan(run: Run) -> None:
             "epochs": f"{options.epochs} of {steps} steps, {options.batch_size} rows a step",
             "learning rate": f"{options.learning_rate:g} at its peak",
             "precision": run.precision + (" (trained weights stay fp32)" if run.precision != "fp32" else ""),
-            "kept": f"the epoch with the best {options.best} on the validation rows",
+            "optimizer": f"{options.optimizer}, {options.schedule} schedule",
+            "kept": f"the weights with the best {options.best} on the validation rows, read every "
+            f"{options.evaluate_every:g} {options.evaluate_unit}"
+            + (f"; ends after {options.patience} readings without a better one" if options.patience else ""),
             "output": run.output,
         }
     )
