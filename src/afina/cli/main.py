@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from afina import __version__
-from afina.cli import compare, evaluate, methods, predict, report, targets, train
+from afina.cli import compare, evaluate, methods, predict, prepare, report, targets, train
 from afina.cli.show import fail
 from afina.errors import AfinaError
 
@@ -21,6 +21,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+app.command("prepare")(prepare.prepare)
 app.command("train")(train.train)
 app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)

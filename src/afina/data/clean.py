@@ -23,7 +23,7 @@ class Example:
 
     text: str
     label: str
-    line: int
+    line: int | str
 
 
 @dataclass
@@ -31,10 +31,10 @@ class CleanReport:
     """What became of the rows of a file; the lists hold line numbers."""
 
     rows: int = 0
-    empty_texts: list[int] = field(default_factory=list)
-    missing_labels: list[int] = field(default_factory=list)
-    duplicates: list[int] = field(default_factory=list)
-    conflicting_labels: list[int] = field(default_factory=list)
+    empty_texts: list[int | str] = field(default_factory=list)
+    missing_labels: list[int | str] = field(default_factory=list)
+    duplicates: list[int | str] = field(default_factory=list)
+    conflicting_labels: list[int | str] = field(default_factory=list)
     repaired_labels: dict[str, str] = field(default_factory=dict)  # as it was written -> as it is read
     kept: int = 0
     classes: dict[str, int] = field(default_factory=dict)
