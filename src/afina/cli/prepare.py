@@ -31,7 +31,7 @@ def prepare(
     from afina.core.files import write_atomically
     from afina.data.divide import divided
     from afina.data.read import REPORT, read_table
-    from afina.errors import ConfigError, DataError, Problems
+    from afina.errors import ConfigError, DataError, MissingDependencyError, Problems
 
     problems = Problems("afina prepare")
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
@@ -39,7 +39,7 @@ def prepare(
     rows = None
     try:
         rows = read_table(data, {text, label} - {""}, header=header)
-    except DataError as error:
+    except (DataError, MissingDependencyError) as error:
         problems.add(f"--data: {error}")
     if rows is not None:
         text, label = text or rows.text, label or rows.label
