@@ -87,3 +87,24 @@ def test_prepare_writes_what_it_says_and_reads_it_back_unchanged(tmp_path, capsy
     for side, lines in sides.items():
         written = [(row["message"], row["label"]) for row in map(json.loads, lines)]
         assert [(again.examples[i].text, again.examples[i].label) for i in again.sides[side]] == written
+
+
+def test_training_from_the_prepared_folder_is_training_from_the_file(tmp_path, monkeypatch):
+    from tiny_bases import save_bert, write_rows
+
+    from afina.cli.main import main
+    from afina.training.recipe import DataOptions, Recipe, TrainingOptions
+    from afina.training.run import prepare
+
+    base, file = save_bert(tmp_path / "base"), write_rows(tmp_path / "rows.csv", 53)
+    words = ["--data", str(file), "--text", "message", "--label", "label", "--output", str(tmp_path / "prepared")]
+    monkeypatch.setattr(sys, "argv", ["afina", "prepare", *words])
+    with pytest.raises(SystemExit):
+        main()
+    metrics = []
+    for data in (DataOptions(str(file), "message", "label"), DataOptions(str(tmp_path / "prepared"))):
+        options = TrainingOptions(epochs=1, precision="fp32")
+        run = prepare(Recipe(model=str(base), data=data, training=options), tmp_path / f"run{len(metrics)}")
+        metrics.append(run.execute())
+    assert metrics[0]["test"] == metrics[1]["test"]
+    assert metrics[0]["validation"] == metrics[1]["validation"]

@@ -28,6 +28,10 @@ def findings(run: RunFolder) -> Markup:
     for key, what in _DROPPED.items():
         if lines := data.get(key) or []:
             found.append(f"{counted(len(lines), 'row')} {what} (line {shortened(lines, 8)})")
+    if near := data.get("near_duplicates") or []:
+        rows = sum(len(group) for group in near)
+        groups = counted(len(near), "group")
+        found.append(f"{counted(rows, 'row')} in {groups} say nearly the same; each group is on one side of the split")
     repaired = data.get("repaired_labels") or {}
     for written, read in list(repaired.items())[:10]:
         found.append(["label “", written, "” is read as “", read, "”"])

@@ -39,7 +39,7 @@ _FIXED = ("line", None, None, "answer", "right")  # columns of predictions.csv b
 class Answers:
     """The test rows with what the model said, in file order."""
 
-    lines: list[int]
+    lines: list[str]
     texts: list[str]
     truth: np.ndarray  # class numbers [rows]
     answer: np.ndarray  # class numbers [rows]
@@ -170,7 +170,7 @@ def _answers(run: RunFolder, text: str, problems: Problems) -> Answers:
         try:
             if len(row) != len(expected):
                 raise ValueError(f"{len(row)} fields, not {len(expected)}")
-            answers.lines.append(int(row[0]))
+            answers.lines.append(row[0])
             answers.texts.append(row[1])
             truth.append(number[row[2]])
             answer.append(number[row[3]])

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from afina.core.files import write_atomically
-from afina.data.clean import CleanReport, Example, clean
-from afina.data.split import stratified
-from afina.data.table import read_csv
+from afina.data.clean import CleanReport, Example
+from afina.data.divide import divided
+from afina.data.read import read_table
 from afina.errors import CheckpointError, ConfigError, DataError, MissingDependencyError, Problems
 from afina.functions import get_peft_model
 from afina.model import PeftModel
@@ -58,20 +58,21 @@ def prepare(
     problems = problems or Problems("the recipe")
     config = recipe.check(problems, spell)
     table = None
-    for key in ("file", "text", "label"):
-        if not getattr(recipe.data, key):
-            problems.add(f"{spell(f'data.{key}')} is missing")
     if recipe.data.file:
         try:
-            table = read_csv(recipe.data.file, {recipe.data.text, recipe.data.label} - {""})
+            table = read_table(recipe.data.file, {recipe.data.text, recipe.data.label} - {""})
+            recipe.data.text, recipe.data.label = recipe.data.text or table.text, recipe.data.label or table.label
             for key in ("text", "label"):
                 column = getattr(recipe.data, key)
                 if column and (missing := table.missing(column)):
                     problems.add(f"{spell(f'data.{key}')}: {missing}")
             if recipe.data.text and recipe.data.text == recipe.data.label:
                 problems.add(f"{spell('data.text')} and {spell('data.label')} are both {recipe.data.text!r}")
-        except DataError as error:
+        except (DataError, MissingDependencyError) as error:
             problems.add(f"{spell('data.file')}: {error}")
+    for key in ("file", "text", "label"):
+        if not getattr(recipe.data, key):
+            problems.add(f"{spell(f'data.{key}')} is missing")
     source = None
     try:
         source = find_model(recipe.model)
@@ -92,11 +93,10 @@ def prepare(
     assert table is not None
     assert source is not None
 
-    examples, cleaned = clean(table, recipe.data.text, recipe.data.label)
+    shares = {"validation": recipe.data.validation, "test": recipe.data.test}
+    done = divided(table, recipe.data.text, recipe.data.label, **shares, seed=recipe.training.seed)
+    examples, cleaned, sides = done.examples, done.cleaned, list(done.sides.values())
     labels = sorted(cleaned.classes)
-    sides = stratified(
-        [e.label for e in examples], validation=recipe.data.validation, test=recipe.data.test, seed=recipe.training.seed
-    )
     splits = {name: [examples[i] for i in rows] for name, rows in zip(SPLITS, sides, strict=True)}
 
     load_config(source)
@@ -117,7 +117,8 @@ def prepare(
         name: Rows([encoded.ids[i] for i in side], [labels.index(examples[i].label) for i in side])
         for name, side in zip(SPLITS, sides, strict=True)
     }
-    return Run(recipe, output, source, task, model, splits, rows, cleaned, encoded, precision, overwrite, resume)
+    found = {"near_duplicates": done.near, "leaks": done.leaks, "notes": done.notes}
+    return Run(recipe, output, source, task, model, splits, rows, cleaned, encoded, precision, found, overwrite, resume)
 
 
 @dataclass
@@ -134,6 +135,7 @@ class Run:
     cleaned: CleanReport
     encoded: Encoded
     precision: str
+    found: dict[str, Any]  # what dividing the rows brought to light
     overwrite: bool = False
     resume: bool = False
 
@@ -188,6 +190,7 @@ class Run:
         report = {
             "file": self.recipe.data.file,
             **asdict(self.cleaned),
+            **self.found,
             "splits": {name: {"rows": len(self.splits[name]), "classes": self.classes(name)} for name in SPLITS},
             "truncated": self.encoded.truncated,
             "max_length": self.encoded.max_length,
