@@ -116,12 +116,12 @@ def test_every_option_says_its_default_as_the_recipe_has_it():
 
     recipe = Recipe()
     for name, annotation in typing.get_type_hints(train, include_extras=True).items():
-        if name in PLACES and name not in ("data", "text", "label"):
+        if name in PLACES and name not in ("data", "text", "text_pair", "label"):
             text = typing.get_args(annotation)[1].help
             said = text[text.rindex("(default: ") + len("(default: ") : -1]
             section, _, key = PLACES[name].rpartition(".")
             default = (
-                recipe.method["name"] if name == "method" else getattr(getattr(recipe, section) if section else recipe, key)
+                getattr(recipe, name)["name"] if name in ("method", "task") else getattr(getattr(recipe, section) if section else recipe, key)
             )
             assert default is None or said == f"{default}", name
     assert set(PLACES) <= set(inspect.signature(train).parameters)

@@ -62,7 +62,7 @@ def test_loss_of_the_first_step_is_the_mean_over_its_rows(places, tmp_path):
     untouched = copy.deepcopy(run.model).eval()
     rows = run.rows["train"]
     with torch.no_grad():
-        expected = run.task.loss_sum(untouched, run.task.collate(rows.ids, rows.targets)) / len(rows.ids)
+        expected = run.task.loss_sum(untouched, run.task.collate(rows.features)) / len(rows.ids)
     lines = []
     fitted(run, lines.append)
     assert lines[0]["loss"] == pytest.approx(float(expected), rel=1e-4)

@@ -9,7 +9,7 @@ import torch
 from test_loop import fitted, prepared
 from tiny_bases import save_bert, write_rows
 
-from afina.cli.train import training_options
+from afina.cli.train import section_options
 from afina.errors import ConfigError, MissingDependencyError, Problems
 from afina.training.optimizers import OPTIMIZERS, make_optimizer
 from afina.training.recipe import Recipe
@@ -83,7 +83,7 @@ def test_an_option_changes_what_is_learnt(places, tmp_path, option):
 
 def test_label_smoothing_is_of_the_training_loss_alone(places, tmp_path):
     run = prepared(places, tmp_path, label_smoothing=0.3)
-    batch = run.task.collate(run.rows["train"].ids[:3], run.rows["train"].targets[:3])
+    batch = run.task.collate(run.rows["train"].features[:3])
     run.model.eval()
     hard = run.task.loss_sum(run.model, batch)
     run.task.label_smoothing = 0.3
@@ -124,7 +124,7 @@ def test_patience_ends_the_run_with_the_best_weights(places, tmp_path):
 def test_options_as_typed():
     problems, recipe = Problems("train"), Recipe()
     typed = ["training.patience=2", "training.evaluate-every=0.5", "r=3", "training.optimiser=sgd", "training.schedule=5.x"]
-    assert training_options([*typed, "training.keep_checkpoints=few"], recipe.training, problems) == ["r=3"]
+    assert section_options([*typed, "training.keep_checkpoints=few"], recipe, problems) == ["r=3"]
     assert (recipe.training.patience, recipe.training.evaluate_every) == (2, 0.5)
     assert "Did you mean 'optimizer'" in problems.found[0]
     assert "keep_checkpoints=few: expected a whole number" in problems.found[1]

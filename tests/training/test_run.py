@@ -47,17 +47,17 @@ def test_the_folder_holds_what_was_promised(done):
     assert not [name for name in there if "/." in f"/{name}"]
     written = json.loads((run.output / "metrics.json").read_text())
     assert written == json.loads(json.dumps(metrics))
-    assert {"test", "validation", "train", "versions", "baselines", "read_back"} == set(written)
+    assert {"task", "figures", "test", "validation", "train", "versions", "baselines", "read_back"} == set(written)
     train = written["train"]
     assert train["trainable_parameters"] < train["total_parameters"]
-    assert train["steps"] == 3 * -(-len(run.splits["train"]) // 16)
+    assert train["steps"] == 3 * -(-len(run.rows["train"].examples) // 16)
     assert train["tokens"] == 3 * sum(map(len, run.rows["train"].ids))
     assert written["read_back"]["largest_difference"] < 1e-4
 
 
 def test_t27_no_text_on_two_sides(done):
     run, _, folder = done
-    sides = {name: read_csv(run.output / "data" / f"{name}.csv", {"message"}).rows for name in run.splits}
+    sides = {name: read_csv(run.output / "data" / f"{name}.csv", {"message"}).rows for name in run.rows}
     texts = [normalised(row["message"]) for rows in sides.values() for row in rows]
     assert len(texts) == len(set(texts)) == 149
     original = {row["message"]: row["label"] for row in read_csv(folder / "rows.csv").rows}
@@ -71,7 +71,8 @@ def test_predictions_agree_with_the_figures_and_with_the_saved_run(done):
     right = [row["answer"] == row["label"] for row in rows]
     assert metrics["test"]["accuracy"] == pytest.approx(np.mean(right))
     assert [row["right"] == "yes" for row in rows] == right
-    again = TrainedRun.load(run.output).probabilities([row["message"] for row in rows])
+    again = TrainedRun.load(run.output)
+    again = again.answers(again.examples([{"text": row["message"]} for row in rows]))
     stored = [[float(row[f"p({label})"]) for label in run.task.labels] for row in rows]
     np.testing.assert_allclose(again, stored, atol=1e-4)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_bases import WORDS, save_bert, save_gpt2
 
+from afina.data.example import Example
 from afina.errors import ConfigError, DataError
 from afina.tasks.sequence_classification import SequenceClassification
 from afina.training.models import find_model, load_tokenizer
@@ -13,9 +14,13 @@ from afina.training.models import find_model, load_tokenizer
 TEXTS = ["w1 w2 late", "w3", "w5 w7 w11 w13 w17 thanks w19", "hello w2"]
 
 
+def features(task, texts, *limits):
+    return task.encode([Example(text, "", i) for i, text in enumerate(texts)], *limits or (None, 61)).features
+
+
 def task_and_model(folder):
     source = find_model(str(folder))
-    task = SequenceClassification(["no", "yes", "perhaps"], load_tokenizer(source))
+    task = SequenceClassification(load_tokenizer(source), learned={"labels": ["no", "yes", "perhaps"]})
     return task, task.load_model(source.path).eval()
 
 
@@ -27,14 +32,14 @@ def folder(request, tmp_path_factory):
 @torch.no_grad()
 def test_t22_neither_padding_nor_its_side_changes_an_answer(folder):
     task, model = task_and_model(folder)
-    ids = task.encode(TEXTS, None, 61).ids
-    together = task.logits(model, task.collate(ids))
-    alone = torch.cat([task.logits(model, task.collate([row])) for row in ids])
+    made = features(task, TEXTS)
+    together = task.logits(model, task.collate(made))
+    alone = torch.cat([task.logits(model, task.collate([row])) for row in made])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
     for side in ("left", "right"):
         task.tokenizer.padding_side = side
         torch.testing.assert_close(
-            task.logits(model, task.collate(task.encode(TEXTS, None, 61).ids)), together, rtol=0, atol=0
+            task.logits(model, task.collate(features(task, TEXTS))), together, rtol=0, atol=0
         )
 
 
@@ -43,11 +48,11 @@ def test_t20_end_tokens_that_are_padding_tokens_too(tmp_path):
     """A text that ends in the end token is pooled at its last real token, alone and in a batch."""
     task, model = task_and_model(save_gpt2(tmp_path))
     assert task.tokenizer.pad_token == task.tokenizer.eos_token
-    ended = task.encode(["w1 late <|endoftext|>", "w1 late", "w1 w2 w3 w4 w5"], None, 61).ids
+    ended = features(task, ["w1 late <|endoftext|>", "w1 late", "w1 w2 w3 w4 w5"])
     answers = task.logits(model, task.collate(ended))
     torch.testing.assert_close(answers[0], answers[1])
     with pytest.raises(DataError, match="no token at all"):
-        task.encode(["<|endoftext|>"], None, 61)
+        features(task, ["<|endoftext|>"])
 
 
 def test_head_and_names(folder):
@@ -58,10 +63,10 @@ def test_head_and_names(folder):
 
 def test_t30_texts_that_are_cut_are_counted(folder):
     task, _ = task_and_model(folder)
-    encoded = task.encode([*TEXTS, " ".join(WORDS)], 9, 61)
+    encoded = task.encode([Example(t, "", 1) for t in (*TEXTS, " ".join(WORDS))], 9, 61)
     assert encoded.truncated == 1
     assert max(encoded.lengths) == 9
-    assert task.encode(TEXTS, None, 61).truncated == 0
+    assert task.encode([Example(t, "", 1) for t in TEXTS], None, 61).truncated == 0
 
 
 def test_a_checkpoint_without_its_body_is_refused(tmp_path):

@@ -15,48 +15,46 @@ __all__ = ["evaluate"]
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a run, --output of `afina train`.")],
-    data: Annotated[Path | None, typer.Option(help="Labelled CSV file (default: the run's own test rows)")] = None,
+    data: Annotated[Path | None, typer.Option(help="Labelled file (default: the run's own test rows)")] = None,
     text: Annotated[str | None, typer.Option(help="Column of the text (default: as in training)")] = None,
+    text_pair: Annotated[str | None, typer.Option(help="Column of the second text (default: as in training)")] = None,
     label: Annotated[str | None, typer.Option(help="Column of the label (default: as in training)")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Measure a tuned model on labelled rows."""
     quiet()
-    from afina.data.clean import normalised
-    from afina.data.table import read_csv
-    from afina.errors import ConfigError, DataError, Problems, shortened
+    from afina.data.read import read_table
+    from afina.errors import ConfigError, DataError, Problems
     from afina.training.trained import TrainedRun
 
     trained = TrainedRun.load(run)
-    names = (text or trained.recipe.data.text, label or trained.recipe.data.label)
+    given = {"text": text, "text_pair": text_pair, "label": label}
+    names = {role: given[role] or column for role, column in trained.columns.items()}
     path = data or run / "data" / "test.csv"
-    rows = read_csv(path, set(names))
+    rows = read_table(path, set(names.values()))
     problems = Problems("afina evaluate")
-    for option, name in zip(("--text", "--label"), names, strict=True):
+    for role, name in names.items():
         if missing := rows.missing(name):
-            problems.add(f"{option}: {missing}")
+            problems.add(f"--{role.replace('_', '-')}: {missing}")
     problems.raise_as(ConfigError)
-    classes = {normalised(name): i for i, name in enumerate(trained.task.labels)}
-    pairs = [(row[names[0]].strip(), normalised(row[names[1]])) for row in rows.rows]
-    usable = [(one, wanted) for one, wanted in pairs if one and wanted]
-    unknown = sorted({wanted for _, wanted in usable if wanted not in classes})
-    if unknown:
-        raise DataError(
-            f"{path}: labels the model does not know: {shortened(unknown)}. It knows {shortened(trained.task.labels)}"
-        )
+    try:
+        examples = trained.examples([{role: row[n] for role, n in names.items()} for row in rows.rows], rows.lines)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    labelled = trained.task.kind.labels != "none"
+    usable = [e for e in examples if e.text and (e.label or not labelled)]
     if not usable:
         raise DataError(f"{path} has no row with both a text and a label")
-    metrics = trained.task.metrics(trained.probabilities([one for one, _ in usable]), [classes[w] for _, w in usable])
+    metrics = trained.task.metrics(trained.answers(usable), usable)
     if as_json:
         print(json.dumps(metrics, ensure_ascii=False))
         return
     heading(f"{metrics['rows']} rows of {path}")
-    if len(usable) < len(pairs):
-        console().print(f"  {len(pairs) - len(usable)} rows without a text or label were left out")
-    table(
-        ["accuracy", "macro F1", "loss"],
-        [[f"{metrics['accuracy']:.1%}", f"{metrics['macro_f1']:.3f}", f"{metrics['loss']:.3f}"]],
-    )
-    print()
-    figures = [[n, *(f"{m[k]:.1%}" for k in ("precision", "recall")), m["rows"]] for n, m in metrics["per_class"].items()]
-    table(["class", "precision", "recall", "rows"], figures, right=["precision", "recall", "rows"])
+    if len(usable) < len(examples):
+        console().print(f"  {len(examples) - len(usable)} rows without a text or label were left out")
+    figures = {key: figure for key, figure in trained.task.figures.items() if key in metrics}
+    table([f.title for f in figures.values()], [[f.shown(metrics[key]) for key, f in figures.items()]])
+    if metrics.get("per_class"):
+        print()
+        each = [[n, *(f"{m[k]:.1%}" for k in ("precision", "recall")), m["rows"]] for n, m in metrics["per_class"].items()]
+        table(["class", "precision", "recall", "rows"], each, right=["precision", "recall", "rows"])

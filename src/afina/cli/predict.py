@@ -1,4 +1,4 @@
-"""`afina predict`: answers of a tuned model, with the probability of every class."""
+"""`afina predict`: answers of a tuned model, classifiers with the probability of every class."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ __all__ = ["predict"]
 def predict(
     run: Annotated[Path, typer.Argument(help="Folder of a run, --output of `afina train`.")],
     text: Annotated[list[str] | None, typer.Option(help="A text; may be given several times.")] = None,
-    data: Annotated[Path | None, typer.Option(help="CSV file of texts.")] = None,
+    text_pair: Annotated[
+        list[str] | None, typer.Option(help="The second text that goes with each --text, where the task has one.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="File of texts: CSV, TSV, JSON, JSON Lines, Parquet.")] = None,
     column: Annotated[str | None, typer.Option(help="Column of the text (default: as in training)")] = None,
-    output: Annotated[Path | None, typer.Option(help="CSV file to write: --data with answers and probabilities.")] = None,
+    pair_column: Annotated[str | None, typer.Option(help="Column of the second text (default: as in training)")] = None,
+    output: Annotated[Path | None, typer.Option(help="CSV file to write: --data with the answers.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a text.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
 ) -> None:
-    """Answer texts: label and probability of each class."""
+    """Answer texts: of a classifier, the label and the probability of each class."""
     from afina.errors import ConfigError, Problems
 
     problems = Problems("afina predict")
@@ -30,6 +34,8 @@ def predict(
         problems.add('nothing to answer: give --text "..." or --data FILE.csv')
     if data is not None and text:
         problems.add("--text and --data exclude each other")
+    if text_pair and len(text_pair) != len(text or []):
+        problems.add(f"--text-pair is given {len(text_pair)} times and --text {len(text or [])} times; one goes with one")
     if data is not None and output is None and not as_json:
         problems.add("--output is missing: the CSV file to write the answers to (or --json to print them)")
     if output is not None and data is None:
@@ -42,59 +48,59 @@ def predict(
     from afina.training.trained import TrainedRun
 
     trained = TrainedRun.load(run)
-    labels = trained.task.labels
-    rows: Any = None
-    texts = list(text or [])
+    asked = {role: name for role, name in trained.columns.items() if role != "label"}
+    read: Any = None
     if data is not None:
-        from afina.data.table import read_csv
+        from afina.data.read import read_table
 
-        name = column or trained.recipe.data.text
-        rows = read_csv(data, {name})
-        if missing := rows.missing(name):
-            raise ConfigError(f"--data: {missing} Say which with --column.")
-        texts = [row[name] for row in rows.rows]
-    full = [t for t in texts if t.strip()]
+        asked |= {role: name for role, name in (("text", column), ("text_pair", pair_column)) if name}
+        read = read_table(data, set(asked.values()))
+        for role, name in asked.items():
+            if missing := read.missing(name):
+                problems.add(f"--data: {missing} Say which with --{'column' if role == 'text' else 'pair-column'}.")
+        problems.raise_as(ConfigError)
+        rows = [{role: row[name] for role, name in asked.items()} for row in read.rows]
+    else:
+        pairs = text_pair or [""] * len(text or [])
+        rows = [{"text": one, "text_pair": other} for one, other in zip(text or [], pairs, strict=True)]
+        if "text_pair" in asked and not text_pair and trained.task.kind.columns["text_pair"].required:
+            raise ConfigError(f"--text-pair is missing: {trained.task.kind.columns['text_pair'].help}")
+    examples = trained.examples(rows, read.lines if read else ())
+    full = [e for e in examples if e.text.strip()]
     if not full:
         raise ConfigError("every text is empty")
-    probabilities = iter(trained.probabilities([t.strip() for t in full]))
-    answers: list[dict[str, Any]] = []
-    for one in texts:
-        if one.strip():
-            values = {label: float(p) for label, p in zip(labels, next(probabilities), strict=True)}
-            answers.append({"text": one, "label": max(values, key=values.__getitem__), "probabilities": values})
-        else:
-            answers.append({"text": one, "label": None, "probabilities": {}})
+    answers = iter(trained.answers(full))
+    said = [next(answers) if e.text.strip() else None for e in examples]
+    columns = [trained.task.columns(a, e) if a is not None else {} for a, e in zip(said, examples, strict=True)]
+    titles = list(dict.fromkeys(title for made in columns for title in made))
     if output is not None:
         from afina.training.run import write_csv
 
-        p_columns = [f"p({label})" for label in labels]
-        lines = [
-            (
-                *row.values(),
-                answer["label"] or "",
-                *(f"{answer['probabilities'].get(label, ''):.6f}" if answer["label"] else "" for label in labels),
-            )
-            for row, answer in zip(rows.rows, answers, strict=True)
-        ]
+        lines = [[*row.values(), *(made.get(t, "") for t in titles)] for row, made in zip(read.rows, columns, strict=True)]
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_csv(output, [*rows.columns, "answer", *p_columns], lines)
-    empty = len(texts) - len(full)
+        write_csv(output, [*read.columns, *titles], lines)
     if as_json:
-        for answer in answers:
-            print(json.dumps(answer, ensure_ascii=False))
+        for row, answer, example in zip(rows, said, examples, strict=True):
+            inputs = {role: value for role, value in row.items() if value}
+            nothing = dict.fromkeys(trained.task.respond(next(a for a in said if a is not None), full[0]))
+            made = trained.task.respond(answer, example) if answer is not None else nothing
+            print(json.dumps({**(inputs or {"text": ""}), **made}, ensure_ascii=False))
     elif output is None:
-        shown = [
-            [
-                a["label"] or "(empty)",
-                *(f"{a['probabilities'][label]:.1%}" if a["label"] else "" for label in labels),
-                a["text"],
-            ]
-            for a in answers
-        ]
-        table(["answer", *labels, "text"], shown, right=labels)
+        shown = [[_short(made.get(t, "" if i else "(empty)")) for i, t in enumerate(titles)] for made in columns]
+        named = [t[2:-1] if t.startswith("p(") else t for t in titles]
+        table([*named, "text"], [[*s, row["text"]] for s, row in zip(shown, rows, strict=True)], right=named[1:])
     if output is not None:
-        counts = {label: sum(a["label"] == label for a in answers) for label in labels}
-        said = ", ".join(f"{count} {label}" for label, count in counts.items())
-        console(stderr=True).print(f"{len(full)} rows answered ({said}): {output}", markup=False)
-    if empty:
-        console(stderr=True).print(f"{empty} empty texts were not answered", markup=False)
+        kinds = [made["answer"] for made in columns if made]
+        counts = {label: kinds.count(label) for label in trained.task.labels if trained.task.kind.labels == "class"}
+        about = f" ({', '.join(f'{count} {label}' for label, count in counts.items())})" if counts else ""
+        console(stderr=True).print(f"{len(full)} rows answered{about}: {output}", markup=False)
+    if len(full) < len(examples):
+        console(stderr=True).print(f"{len(examples) - len(full)} empty texts were not answered", markup=False)
+
+
+def _short(value: str) -> str:
+    """A probability as a person reads it; anything else as it is."""
+    try:
+        return f"{float(value):.1%}" if "." in value and 0 <= float(value) <= 1 else value
+    except ValueError:
+        return value

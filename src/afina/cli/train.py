@@ -14,18 +14,20 @@ from afina.cli.show import console, heading, pairs, quiet, table
 
 if TYPE_CHECKING:
     from afina.errors import Problems
-    from afina.training.recipe import Recipe, TrainingOptions
+    from afina.training.recipe import Recipe
     from afina.training.run import Run
 
 __all__ = ["train"]
 
 # option -> where the recipe keeps it
 PLACES = {
-    "data": "data.file", "text": "data.text", "label": "data.label", "model": "model", "method": "method.name",
+    "data": "data.file", "text": "data.text", "text_pair": "data.text_pair", "label": "data.label", "model": "model",
+    "method": "method.name", "task": "task.name",
     "epochs": "training.epochs", "batch_size": "training.batch_size", "learning_rate": "training.learning_rate",
     "max_length": "training.max_length", "max_truncated": "training.max_truncated", "precision": "training.precision",
     "gradient_accumulation": "training.gradient_accumulation", "seed": "training.seed",
 }  # fmt: skip
+MOST_CLASSES = 8  # columns that fit on a screen
 TYPED = {place: f"--{option.replace('_', '-')}" for option, place in PLACES.items()} | {"output": "--output"}
 
 
@@ -34,9 +36,11 @@ def train(
         list[str] | None,
         typer.Argument(metavar="[RECIPE.yaml] [KEY=VALUE]...", help="A recipe, and options of the method, such as r=16."),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="CSV file with a header row.")] = None,
+    data: Annotated[str | None, typer.Option(help="CSV, TSV, JSON, JSON Lines or Parquet file, or a folder.")] = None,
     text: Annotated[str | None, typer.Option(help="Column of the text.")] = None,
-    label: Annotated[str | None, typer.Option(help="Column of the label.")] = None,
+    text_pair: Annotated[str | None, typer.Option(help="Column of a second text, where the task has one.")] = None,
+    label: Annotated[str | None, typer.Option(help="Column of the label or answer.")] = None,
+    task: Annotated[str | None, typer.Option(help="See `afina tasks` (default: sequence_classification)")] = None,
     model: Annotated[str | None, typer.Option(help="minilm, a folder, or a hub id (default: minilm)")] = None,
     method: Annotated[str | None, typer.Option(help="See `afina methods` (default: lora)")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write the run into.")] = None,
@@ -109,39 +113,52 @@ def assemble(given: dict[str, Any], arguments: list[str], problems: Problems) ->
     recipe = read_recipe(Path(files[0])) if files else Recipe()
     for name, value in given.items():
         section, _, key = PLACES[name].rpartition(".")
-        if name == "method":
-            if value != recipe.method.get("name"):
-                recipe.method = {"name": value}
+        if section in ("method", "task"):
+            if value != getattr(recipe, section).get("name"):
+                setattr(recipe, section, {"name": value})
         else:
             setattr(getattr(recipe, section) if section else recipe, key, value)
     words = [a for a in arguments if a not in files]
-    words = training_options(words, recipe.training, problems)
+    words = section_options(words, recipe, problems)
     chosen = methods().get(str(recipe.method["name"]))
     if chosen is not None:  # else its name is a problem that the recipe's own check tells
         recipe.method.update(method_options(words, chosen.config, chosen.name, problems))
     return recipe
 
 
-def training_options(words: list[str], training: TrainingOptions, problems: Problems) -> list[str]:
-    """Put every `training.KEY=VALUE` into the recipe; returns the other words."""
+def section_options(words: list[str], recipe: Recipe, problems: Problems) -> list[str]:
+    """Put every `training.KEY=VALUE`, `data.KEY=VALUE` and `task.KEY=VALUE` into the recipe; returns the other words."""
     from afina.errors import did_you_mean
+    from afina.tasks.catalogue import tasks
     from afina.training.recipe import parse_value
 
-    hints = get_type_hints(type(training))
     others = []
     for word in words:
         place, equals, text = word.partition("=")
-        section, _, key = place.strip().rpartition(".")
-        key = key.replace("-", "_")
-        if section != "training" or not equals:
+        section, _, rest = place.strip().replace("-", "_").partition(".")
+        if section not in ("training", "data", "task") or not equals or not rest:
             others.append(word)
-        elif key not in hints:
+            continue
+        chosen = tasks().get(str(recipe.task.get("name")))
+        if section == "task" and chosen is None:
+            continue  # the task's name is a problem that the recipe's own check tells
+        target: Any = chosen.Options if section == "task" and chosen else getattr(recipe, section)
+        *above, key = rest.split(".")
+        for name in above:
+            target = getattr(target, name, None)
+        hints = get_type_hints(target if isinstance(target, type) else type(target)) if target is not None else {}
+        if key not in hints:
             problems.add(f"{place!r} is no key of a recipe.{did_you_mean(key, hints)}")
+            continue
+        try:
+            value = parse_value(text.strip(), hints[key])
+        except ValueError as error:
+            problems.add(f"{word}: {error}")
+            continue
+        if section == "task":
+            recipe.task[key] = value
         else:
-            try:
-                setattr(training, key, parse_value(text.strip(), hints[key]))
-            except ValueError as error:
-                problems.add(f"{word}: {error}")
+            setattr(target, key, value)
     return others
 
 
@@ -163,34 +180,37 @@ def show_plan(run: Run) -> None:
         }
     )
     heading("Data")
-    cleaned = run.cleaned
+    cleaned = run.divided.cleaned
     pairs(
         {
             "file": f"{recipe.data.file}: {cleaned.rows} rows, {cleaned.kept} used",
-            "": "\n".join(cleaned.lines() or ["none dropped"]),
+            "": "\n".join([*run.divided.notes, *cleaned.lines()] or ["none dropped"]),
         }
     )
-    labels = run.task.labels
-    rows = [[name, len(run.splits[name]), *run.classes(name).values()] for name in run.splits]
-    table(["rows", "all", *labels], rows, right=["all", *labels])
+    labels = run.task.labels if run.task.kind.labels == "class" else []
+    columns = labels if len(labels) <= MOST_CLASSES else []
+    rows = [[name, len(side.examples), *(run.classes(name)[x] for x in columns)] for name, side in run.rows.items()]
+    table(["rows", "all", *columns], rows, right=["all", *columns])
+    if len(labels) > MOST_CLASSES:
+        sizes = sorted(run.classes("train").values())
+        pairs({"classes": f"{len(labels)}, of {sizes[0]} to {sizes[-1]} training rows"})
     lengths = sorted(run.encoded.lengths)
     pairs(
         {
-            "tokens": f"{lengths[len(lengths) // 2]} a text in the middle, {lengths[-1]} at most; "
-            f"{run.encoded.truncated} texts cut off at {run.encoded.max_length}"
+            "tokens": f"{lengths[len(lengths) // 2]} a row in the middle, {lengths[-1]} at most; "
+            f"{run.encoded.truncated} rows cut off at {run.encoded.max_length}"
         }
     )
-    example, tokens = run.example()
+    example, tokens, aimed = run.example()
     heading(f"One training row as the model sees it (line {example.line})")
-    pairs(
-        {
-            "text": example.text,
-            "tokens": " ".join(tokens),
-            "label": f"{example.label}  (class {labels.index(example.label)})",
-        }
-    )
+    parts = {run.columns[role]: example.row[role] for role in run.columns}
+    pairs({**parts, f"tokens{' ' if 'tokens' in parts else ''}": " ".join(tokens)})
+    if any(aimed):
+        pairs({"supervised": " ".join(token for token, target in zip(tokens, aimed, strict=True) if target)})
+    elif example.label in labels:
+        pairs({"class": f"{labels.index(example.label)}"})
     options = recipe.training
-    steps = -(-len(run.splits["train"]) // options.batch_size)
+    steps = -(-len(run.rows["train"].features) // options.batch_size)
     heading("Plan")
     pairs(
         {
@@ -229,30 +249,29 @@ def show_line(line: dict[str, Any]) -> None:
             print(f"  step {line['step']} of {line['of']}  loss {line['loss']:.3f}", end="\r", flush=True)
         return
     out.print(
-        f"  epoch {line['epoch']}  loss {line['train_loss']:.3f}   validation: loss {line['validation_loss']:.3f}  "
-        f"accuracy {line['validation_accuracy']:.1%}  macro F1 {line['validation_macro_f1']:.3f}   {line['seconds']:.0f} s"
+        f"  epoch {line['epoch']}  loss {line['train_loss']:.3f}   validation: "
+        + "  ".join(f"{k[11:].replace('_', ' ')} {v:.3f}" for k, v in line.items() if k.startswith("validation_"))
+        + f"   {line['seconds']:.0f} s"
         + ("  best so far" if line["best"] else "")
     )
 
 
 def show_outcome(run: Run, metrics: dict[str, Any], seconds: float) -> None:
     """The test figures beside what needs no model, the matrix, and where everything lies."""
-    test, base = metrics["test"], metrics["baselines"]
+    test, figures = metrics["test"], run.task.figures
     heading(f"Test: {test['rows']} rows that were read once, after training")
-    names = {
-        "this model": test,
-        "words counted (naive Bayes)": base["word_counts"],
-        "always the commonest class": base["majority"],
-    }
-    figures = [[n, f"{m['accuracy']:.1%}", f"{m['macro_f1']:.3f}", f"{m['loss']:.3f}"] for n, m in names.items()]
-    table(["", "accuracy", "macro F1", "loss"], figures, right=["accuracy", "macro F1", "loss"])
-    print()
-    answers = [f"answered {label}" for label in test["labels"]]
-    rows = [
-        [f"is {label}", *test["confusion"][i], *(f"{test['per_class'][label][key]:.1%}" for key in ("precision", "recall"))]
-        for i, label in enumerate(test["labels"])
-    ]
-    table(["", *answers, "precision", "recall"], rows, right=[*answers, "precision", "recall"])
+    compared = {"this model": test, **{m["title"]: m for m in metrics["baselines"].values()}}
+    titles = [f.title for f in figures.values()]
+    lines = [[name, *(f.shown(m.get(key)) for key, f in figures.items())] for name, m in compared.items()]
+    table(["", *titles], lines, right=titles)
+    if "confusion" in test and len(test["labels"]) <= MOST_CLASSES:
+        print()
+        answers = [f"answered {label}" for label in test["labels"]]
+        rows = [
+            [f"is {label}", *test["confusion"][i], *(f"{test['per_class'][label][k]:.1%}" for k in ("precision", "recall"))]
+            for i, label in enumerate(test["labels"])
+        ]
+        table(["", *answers, "precision", "recall"], rows, right=[*answers, "precision", "recall"])
     train = metrics["train"]
     heading("Done")
     difference = metrics["read_back"]["largest_difference"]

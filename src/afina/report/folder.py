@@ -90,7 +90,7 @@ def read_run(path: Path) -> RunFolder:
     if not weights:
         problems.add("adapter/adapter_model.safetensors is missing")
     found = {name: _parsed(name, texts[name], problems) for name in _NEEDED if name in texts}
-    task = (found.get("recipe.yaml") or {}).get("task", "sequence_classification")
+    task = ((found.get("recipe.yaml") or {}).get("task") or {}).get("name")
     if task != "sequence_classification":
         problems.add(f"its task is {task}; reports are made of sequence_classification")
     steps, epochs = _log(texts["log.jsonl"], problems) if "log.jsonl" in texts else ([], [])

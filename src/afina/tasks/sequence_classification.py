@@ -1,110 +1,95 @@
-"""One label a text: encoders with a head on the first token, decoders with a head on the last.
-
-Batches are always padded on the right and masked by position, whatever the tokenizer says of its padding side: a decoder
-that pools the last token finds it by the first padding id (T22), and a padding token that is also the end token must not
-be taken for text (T20).
-"""
+"""One label a text, or a pair of texts: encoders with a head on the first token, decoders with a head on the last."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from afina.errors import ConfigError, DataError, shortened
+from afina.data.example import Column, Example, Kind
+from afina.errors import DataError
 from afina.tasks.baselines import majority, word_counts
+from afina.tasks.batches import pad_right
+from afina.tasks.loading import load_base
 from afina.tasks.metrics import classification_metrics
+from afina.tasks.task import Batch, Encoded, Feature, Figure, Rows, Task
 
-__all__ = ["Encoded", "SequenceClassification"]
-
-Batch = dict[str, torch.Tensor]
-_NO_LIMIT = 1_000_000  # tokenizers without a limit name an absurd one
+__all__ = ["SequenceClassification"]
 
 
-@dataclass
-class Encoded:
-    """Texts as token ids, and how many of them were cut off."""
-
-    ids: list[list[int]]
-    truncated: int
-    max_length: int
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each text."""
-        return [len(row) for row in self.ids]
+def make(row: Mapping[str, str], line: int | str) -> Example:
+    """A text, or two as one, and its label."""
+    pair = row.get("text_pair", "")
+    value = (row["text"], pair) if pair else None
+    return Example(f"{row['text']}\n{pair}" if pair and row["text"] else row["text"], row.get("label", ""), line, value)
 
 
-class SequenceClassification:
+class SequenceClassification(Task):
     """What the loop must know of the task."""
 
     name = "sequence_classification"
     task_type = "SEQ_CLS"
-    label_smoothing = 0.0  # of the training loss; figures do not know it
+    kind = Kind(
+        columns={
+            "text": Column("the text", ("text", "sentence", "message", "content", "review")),
+            "text_pair": Column("a second text that goes with the first", (), required=False),
+            "label": Column("the class", ("label", "class", "category", "target")),
+        },
+        labels="class",
+        make=make,
+    )
+    figures = {
+        "macro_f1": Figure("macro F1"),
+        "accuracy": Figure("accuracy", ".1%"),
+        "loss": Figure("loss", better=-1),
+    }
 
-    def __init__(self, labels: Sequence[str], tokenizer: Any):
-        self.labels = list(labels)
-        self.tokenizer = tokenizer
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-        if tokenizer.pad_token is None:
-            raise ConfigError("the tokenizer has neither a padding, an end nor an unknown token, so rows cannot be padded")
+    @classmethod
+    def learn(cls, train: Sequence[Example], others: Sequence[Example]) -> dict[str, Any]:
+        """The labels, in alphabetical order."""
+        return {"labels": sorted({e.label for e in (*train, *others)})}
 
     # --- model
 
     def load_model(self, path: str) -> Any:
-        """The base with a head of one output a label. Raises ConfigError where weights below the head are missing."""
+        """The base with a head of one output a label."""
         from transformers import AutoModelForSequenceClassification
 
         names = dict(enumerate(self.labels))
-        try:
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                path,
-                num_labels=len(self.labels),
-                id2label=names,
-                label2id={label: i for i, label in names.items()},
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # a head for other labels is replaced; anything else is refused below
-                dtype=torch.float32,
-            )
-        except ValueError as error:
-            if "Unrecognized configuration class" not in str(error):
-                raise
-            raise ConfigError(f"model {path}: transformers has no classifier for this architecture") from error
-        heads = _head_prefixes(model)
-        mismatched = sorted(str(entry[0]) for entry in info["mismatched_keys"] if not str(entry[0]).startswith(heads))
-        if mismatched:
-            raise ConfigError(f"model {path}: weights of another shape than its configuration says: {shortened(mismatched)}")
-        below = sorted(k for k in info["missing_keys"] if not k.startswith(heads) and ".pooler." not in f".{k}")
-        if below:
-            raise ConfigError(f"model {path}: the checkpoint lacks weights below the head: {shortened(below)}")
-        model.config.pad_token_id = self.tokenizer.pad_token_id
-        return model
+        return load_base(
+            AutoModelForSequenceClassification, path, self.tokenizer, num_labels=len(names), id2label=names,
+            label2id={label: i for i, label in names.items()},
+        )  # fmt: skip
 
     # --- rows
 
-    def limit(self, model: Any) -> int:
-        """The most tokens that model and tokenizer can take."""
-        positions = getattr(model.config, "max_position_embeddings", None) or _NO_LIMIT
-        return int(min(positions, self.tokenizer.model_max_length or _NO_LIMIT))
-
-    def encode(self, texts: Sequence[str], max_length: int | None, limit: int) -> Encoded:
-        """Token ids of every text, cut to `max_length`; None: to the longest, up to `limit`."""
-        whole = self.tokenizer(list(texts), truncation=False, padding=False, add_special_tokens=True)["input_ids"]
-        longest = max(len(row) for row in whole)
+    def encode(self, examples: Sequence[Example], max_length: int | None, limit: int) -> Encoded:
+        """Token ids of every text, its end cut off at `max_length`; of a pair, the longer text is cut."""
+        first = [e.value[0] if e.value else e.text for e in examples]
+        second = [e.value[1] for e in examples] if examples[0].value else None
+        whole = self.tokenizer(first, second, truncation=False, padding=False, add_special_tokens=True)
+        longest = max(len(row) for row in whole["input_ids"])
         length = min(limit, longest) if max_length is None else max_length
-        cut = sum(len(row) > length for row in whole)
+        cut = sum(len(row) > length for row in whole["input_ids"])
         if cut:
-            whole = self.tokenizer(list(texts), truncation=True, max_length=length, padding=False)["input_ids"]
-        ids = [self._without_trailing_pads(list(row)) for row in whole]
-        empty = [text for text, row in zip(texts, ids, strict=True) if not row]
+            whole = self.tokenizer(first, second, truncation=True, max_length=length, padding=False)
+        number = {label: i for i, label in enumerate(self.labels)}
+        features: list[Feature] = []
+        for i, example in enumerate(examples):
+            ids = self._without_trailing_pads(list(whole["input_ids"][i]))
+            feature: Feature = {"input_ids": ids, "row": i}
+            if second is not None and "token_type_ids" in whole:
+                feature["token_type_ids"] = list(whole["token_type_ids"][i])[: len(ids)]
+            if example.label:
+                feature["label"] = number[example.label]
+            features.append(feature)
+        empty = [e.text for e, f in zip(examples, features, strict=True) if not f["input_ids"]]
         if empty:
             raise DataError(f"{len(empty)} texts have no token at all, for example {empty[0]!r}")
-        return Encoded(ids, cut, length)
+        return Encoded(features, cut, length)
 
     def _without_trailing_pads(self, row: list[int]) -> list[int]:
         """An end token that is also the padding token would be pooled over: every text ends at its last real token."""
@@ -112,50 +97,68 @@ class SequenceClassification:
             row.pop()
         return row
 
-    def collate(self, rows: Sequence[Sequence[int]], targets: Sequence[int] | None = None) -> Batch:
-        """One batch, padded on the right: ids, mask `[rows, tokens]` and, where given, labels `[rows]`."""
-        width = max(len(row) for row in rows)
-        ids = torch.full((len(rows), width), int(self.tokenizer.pad_token_id), dtype=torch.long)
-        mask = torch.zeros((len(rows), width), dtype=torch.long)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-            mask[i, : len(row)] = 1
-        batch = {"input_ids": ids, "attention_mask": mask}
-        return batch if targets is None else {**batch, "labels": torch.tensor(targets, dtype=torch.long)}
+    def collate(self, features: Sequence[Feature]) -> Batch:
+        """Ids and mask `[rows, tokens]` and, where the features have them, labels `[rows]`."""
+        batch = pad_right(features, self.tokenizer.pad_token_id)
+        if "label" in features[0]:
+            batch["labels"] = torch.tensor([f["label"] for f in features])
+        return batch
 
-    # --- loss and answers
+    # --- loss
 
-    def targets_in(self, batch: Mapping[str, torch.Tensor]) -> int:
-        """How many targets a batch holds: its rows."""
-        return int(batch["labels"].numel())
+    def _weights(self, device: torch.device) -> torch.Tensor | None:
+        return None if self.class_weights is None else torch.tensor(self.class_weights, device=device)
+
+    def targets_in(self, batch: Mapping[str, torch.Tensor]) -> float:
+        """Its rows, or the sum of their classes' weights."""
+        weights = self._weights(batch["labels"].device)
+        return float(batch["labels"].numel() if weights is None else weights[batch["labels"]].sum())
 
     def loss_sum(self, model: Any, batch: Batch) -> torch.Tensor:
-        """Cross-entropy, summed over the targets of the batch; the step divides by all its targets (T25)."""
-        logits, labels = self.logits(model, batch), batch["labels"]
-        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
+        """Cross-entropy, summed."""
+        logits = self.logits(model, batch)
+        weights = self._weights(logits.device)
+        return F.cross_entropy(logits, batch["labels"], weights, reduction="sum", label_smoothing=self.label_smoothing)
 
-    def logits(self, model: Any, batch: Batch) -> torch.Tensor:
-        """Scores `[rows, classes]` in float32."""
-        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()  # type: ignore[no-any-return]
+    # --- answers
 
-    # --- figures
+    def answers(self, model: Any, batch: Batch) -> list[Any]:
+        """Probabilities `[classes]` of each row, float64."""
+        return list(torch.softmax(self.logits(model, batch).double(), dim=-1).cpu().numpy())
 
-    def metrics(self, probabilities: np.ndarray, targets: Sequence[int]) -> dict[str, Any]:
+    def metrics(self, answers: Sequence[Any], examples: Sequence[Example]) -> dict[str, Any]:
         """See `classification_metrics`."""
-        return classification_metrics(probabilities, targets, self.labels)
+        return classification_metrics(np.stack(answers), self._targets(examples), self.labels)
 
-    def baselines(
-        self, train_texts: Sequence[str], train: Sequence[int], texts: Sequence[str], targets: Sequence[int]
-    ) -> dict[str, dict[str, Any]]:
-        """The same figures for answers that need no model."""
-        n = len(self.labels)
+    def _targets(self, examples: Sequence[Example]) -> list[int]:
+        number = {label: i for i, label in enumerate(self.labels)}
+        return [number[e.label] for e in examples]
+
+    def baselines(self, train: Rows, test: Rows) -> dict[str, dict[str, Any]]:
+        """Always the commonest class, and words counted."""
+        n, known, targets = len(self.labels), self._targets(train.examples), self._targets(test.examples)
+        texts = [e.text for e in test.examples]
+        counted = word_counts([e.text for e in train.examples], known, texts, n)
+        constant = majority(known, len(texts), n)
         return {
-            "majority": self.metrics(majority(train, len(texts), n), targets),
-            "word_counts": self.metrics(word_counts(train_texts, train, texts, n), targets),
-        }
+            "word_counts": {
+                "title": "words counted (naive Bayes)", **classification_metrics(counted, targets, self.labels)
+            },
+            "majority": {
+                "title": "always the commonest class", **classification_metrics(constant, targets, self.labels)
+            },
+        }  # fmt: skip
 
+    def right(self, answer: Any, example: Example) -> bool:
+        """Whether the likeliest class is the label."""
+        return self.labels[int(answer.argmax())] == example.label
 
-def _head_prefixes(model: Any) -> tuple[str, ...]:
-    """Everything outside the base model proper."""
-    base = model.base_model_prefix
-    return tuple(f"{name}." for name, _ in model.named_children() if name != base)
+    def columns(self, answer: Any, example: Example) -> dict[str, str]:
+        """The likeliest class, and the probability of each."""
+        names = {f"p({label})": f"{p:.6f}" for label, p in zip(self.labels, answer, strict=True)}
+        return {"answer": self.labels[int(answer.argmax())], **names}
+
+    def respond(self, answer: Any, example: Example) -> dict[str, Any]:
+        """The likeliest class, and the probability of each."""
+        values = {label: float(p) for label, p in zip(self.labels, answer, strict=True)}
+        return {"label": max(values, key=values.__getitem__), "probabilities": values}

@@ -15,13 +15,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -30,27 +29,15 @@ from accelerate.utils import gather_object
 from afina.core.adapter import SavedModule
 from afina.core.files import write_atomically
 from afina.errors import StoppedError, TrainingError
+from afina.tasks.task import Rows, Task
 from afina.training import checkpoints
 from afina.training.batching import parts, shuffled_batches, sorted_batches
 from afina.training.optimizers import make_optimizer, schedule_factor
 from afina.training.recipe import TrainingOptions
 
-__all__ = ["Fitted", "Rows", "fit", "make_accelerator", "predict"]
+__all__ = ["Fitted", "fit", "make_accelerator", "predict"]
 
 _PATIENCE = 3  # steps after which some adapter weight must have changed
-
-
-@dataclass
-class Rows:
-    """Token ids and class numbers of one side of the split."""
-
-    ids: list[list[int]]
-    targets: list[int]
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each row."""
-        return [len(row) for row in self.ids]
 
 
 @dataclass
@@ -82,7 +69,7 @@ def make_accelerator(precision: str) -> Accelerator:
 
 def fit(
     model: Any,
-    task: Any,
+    task: Task,
     train: Rows,
     validation: Rows,
     options: TrainingOptions,
@@ -100,13 +87,14 @@ def fit(
     started, result = time.perf_counter(), Fitted()
     assert options.learning_rate is not None  # Recipe.check resolves it
     task.label_smoothing = options.label_smoothing
+    best_by = options.best or next(iter(task.figures))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer: Any = make_optimizer(options.optimizer, trained, options.learning_rate, options.weight_decay)
-    steps_per_epoch = math.ceil(len(train.ids) / options.batch_size)
+    steps_per_epoch = math.ceil(len(train.features) / options.batch_size)
     total_steps = steps_per_epoch * options.epochs
     between = max(1.0, options.evaluate_every * (steps_per_epoch if options.evaluate_unit == "epochs" else 1))
     best: dict[str, torch.Tensor] = {}
-    best_score, waited, since_loss, since_targets = (-math.inf, -math.inf), 0, 0.0, 0
+    best_score, waited, since_loss, since_targets = (-math.inf, -math.inf), 0, 0.0, 0.0
     places = folder / "checkpoints"
     last = checkpoints.latest(places) if resume else None
     if resume and last is None:
@@ -157,8 +145,8 @@ def fit(
                 batches = shuffled_batches(train.lengths, options.batch_size, seed=options.seed, epoch=epoch + 1)
             model.train()
             made = list(_parts_of_step(task, train, batches[position], options.gradient_accumulation, accelerator))
-            targets = sum(task.targets_in(batch) for counts, batch in made if counts)
-            targets = int(accelerator.reduce(torch.tensor(float(targets), device=accelerator.device)))
+            targets = float(sum(task.targets_in(batch) for counts, batch in made if counts))
+            targets = float(accelerator.reduce(torch.tensor(targets, device=accelerator.device)))
             loss = torch.zeros((), device=accelerator.device)
             for counts, batch in made:
                 with _together(accelerator, wrapped, last=batch is made[-1][1]), accelerator.autocast():
@@ -185,18 +173,18 @@ def fit(
             now = result.steps
             evaluated = now == total_steps or math.floor(now / between + 1e-9) > math.floor((now - 1) / between + 1e-9)
             if evaluated:
-                probabilities = predict(model, task, validation.ids, options.batch_size * 2, accelerator)
-                figures = task.metrics(probabilities, validation.targets)
-                score = (-figures["loss"] if options.best == "loss" else figures[options.best], -figures["loss"])
+                answers = predict(model, task, validation, options.batch_size * 2, accelerator)
+                figures = task.metrics(answers, validation.examples)
+                score = (task.figures[best_by].better * figures[best_by], -figures["loss"])
                 improved, reached = score > best_score, _epochs(now, steps_per_epoch)
                 waited = 0 if improved else waited + 1
                 if improved:
                     best_score, result.best_epoch, result.best_step, result.validation = score, reached, now, figures
                     best = {name: p.detach().cpu().clone() for name, p in trained.items()}
-                chosen = {f"validation_{key}": figures[key] for key in ("loss", "accuracy", "macro_f1")}
+                chosen = {f"validation_{key}": figures[key] for key in ("loss", *task.figures) if key in figures}
                 log(epoch=reached, step=now, train_loss=since_loss / since_targets, best=improved,
                     seconds=round(time.perf_counter() - started, 2), **chosen)  # fmt: skip
-                since_loss, since_targets = 0.0, 0
+                since_loss, since_targets = 0.0, 0.0
             asked = int(accelerator.reduce(torch.tensor(float(signals.seen), device=accelerator.device), reduction="sum"))
             if evaluated or asked or (options.checkpoint_every and now % options.checkpoint_every == 0):
                 checkpoint()
@@ -215,20 +203,30 @@ def fit(
 
 @torch.no_grad()
 def predict(
-    model: Any, task: Any, ids: Sequence[Sequence[int]], batch_size: int, accelerator: Accelerator, *, exact: bool = False
-) -> np.ndarray:
-    """Probabilities `[rows, classes]` in the order of the rows; nothing else is kept from batch to batch (T32).
+    model: Any,
+    task: Task,
+    rows: Rows,
+    batch_size: int,
+    accelerator: Accelerator,
+    *,
+    exact: bool = False,
+    final: bool = False,
+) -> list[Any]:
+    """One answer an example, in the order of the examples; nothing else is kept from batch to batch (T32).
 
     `exact` computes in float32 even where training did not, so that figures are those of the saved adapter anywhere.
+    `final` asks for what the test rows are asked for, which may be generated text.
     """
     model.eval()
-    answers = np.zeros((len(ids), len(task.labels)))
-    for rows in sorted_batches([len(row) for row in ids], batch_size):
-        batch = {k: v.to(accelerator.device) for k, v in task.collate([ids[i] for i in rows]).items()}
+    found: list[Any] = [None] * len(rows.features)
+    ask = task.final_answers if final else task.answers
+    for chosen in sorted_batches(rows.lengths, batch_size):
+        batch = {k: v.to(accelerator.device) for k, v in task.collate([rows.features[i] for i in chosen]).items()}
         with nullcontext() if exact else accelerator.autocast():
-            logits = task.logits(model, batch)
-        answers[rows] = torch.softmax(logits.double(), dim=-1).cpu().numpy()
-    return answers
+            made = ask(model, batch)
+        for i, answer in zip(chosen, made, strict=True):
+            found[i] = answer
+    return task.join(found, rows)
 
 
 class Signals:
@@ -300,7 +298,7 @@ def _epochs(steps: int, steps_per_epoch: int) -> int | float:
 
 
 def _fingerprint(rows: Rows) -> str:
-    return hashlib.sha256(json.dumps([rows.ids, rows.targets]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(rows.features, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _stop_unless_same(then: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Path) -> None:
@@ -310,7 +308,7 @@ def _stop_unless_same(then: Mapping[str, Any], now: Mapping[str, Any], checkpoin
 
 
 def _parts_of_step(
-    task: Any, data: Rows, rows: list[int], count: int, accelerator: Accelerator
+    task: Task, data: Rows, rows: list[int], count: int, accelerator: Accelerator
 ) -> Iterator[tuple[bool, dict[str, torch.Tensor]]]:
     """Whether a part of the step counts, and its batch, for each part of this process.
 
@@ -320,7 +318,7 @@ def _parts_of_step(
     own = parts(rows, accelerator.num_processes)[accelerator.process_index]
     made = [part for part in parts(own, count) if part] or [[]]
     for part in made:
-        batch = task.collate([data.ids[i] for i in part or rows[:1]], [data.targets[i] for i in part or rows[:1]])
+        batch = task.collate([data.features[i] for i in part or rows[:1]])
         yield bool(part), {k: v.to(accelerator.device) for k, v in batch.items()}
 
 

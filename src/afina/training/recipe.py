@@ -17,13 +17,15 @@ from typing import Any
 import yaml
 
 from afina.core.config import AdapterConfig, check_limits, option
+from afina.data.options import DataOptions
 from afina.errors import ConfigError, Problems, did_you_mean
+from afina.tasks.catalogue import find_task, task_options
 from afina.training.optimizers import OPTIMIZERS, SCHEDULES
 
-__all__ = ["DataOptions", "Recipe", "TrainingOptions", "parse_value", "read_recipe"]
+__all__ = ["DEFAULT_TASK", "DataOptions", "Recipe", "TrainingOptions", "parse_value", "read_recipe"]
 
 DEFAULT_MODEL = "minilm"
-TASKS = ("sequence_classification",)
+DEFAULT_TASK = "sequence_classification"
 # Where the command line's defaults for a method differ from the library's, which are PEFT's.
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "lora": {"target_modules": "all-linear"},
@@ -36,18 +38,8 @@ LISTS = {
     "exclude_modules", "feedforward_modules", "layers_to_transform", "modules_to_save", "target_modules",
     "target_parameters", "target_scope", "token_indices", "trainable_token_indices",
 }  # fmt: skip
+NAMED = {"method": "lora", "task": DEFAULT_TASK}  # keys of a recipe that hold a name and options
 NOT_IN_RECIPES = {f.name for f in dataclasses.fields(AdapterConfig)} | {"fan_in_fan_out"}
-
-
-@dataclasses.dataclass
-class DataOptions:
-    """Where the examples are."""
-
-    file: str = option("", "CSV file with a header row")
-    text: str = option("", "column of the text")
-    label: str = option("", "column of the label")
-    validation: float = option(0.1, "share of rows that choose the best epoch", low=0.01, high=0.5)
-    test: float = option(0.2, "share of rows that are read once, at the end", low=0.01, high=0.5)
 
 
 @dataclasses.dataclass
@@ -67,7 +59,7 @@ class TrainingOptions:
     optimizer: str = option("adamw", "what moves the weights; 8 bits need afina[bitsandbytes]", choices=OPTIMIZERS)
     schedule: str = option("linear", "of the learning rate after its rise", choices=SCHEDULES)
     label_smoothing: float = option(0.0, "share of the target that is spread over all classes", low=0.0, high=0.9)
-    best: str = option("macro_f1", "what chooses the weights that are kept", choices=("macro_f1", "accuracy", "loss"))
+    best: str | None = option(None, "figure that chooses the weights that are kept; None: the first of the task")
     evaluate_every: float = option(1.0, "epochs or steps between evaluations on the validation rows", low=0.001)
     evaluate_unit: str = option("epochs", "what evaluate_every counts", choices=("epochs", "steps"))
     patience: int = option(0, "evaluations in a row without a better one that end the run; 0: none do", low=0)
@@ -80,7 +72,7 @@ class TrainingOptions:
 class Recipe:
     """A whole run."""
 
-    task: str = option("sequence_classification", "what a row means", choices=TASKS)
+    task: dict[str, Any] = option(None, "what a row means, and its options", factory=lambda: {"name": DEFAULT_TASK})
     model: str = option(DEFAULT_MODEL, "minilm (shipped with afina[demo]), a folder, or a hub id")
     data: DataOptions = option(None, "the examples", factory=DataOptions)
     method: dict[str, Any] = option(None, "name of the method, and its options", factory=lambda: {"name": "lora"})
@@ -90,9 +82,8 @@ class Recipe:
         """Resolve what was left open and add everything that is wrong; returns the method's configuration, or None."""
         from afina.core.registry import get_method
 
-        check_limits(self, problems, spell)
-        check_limits(self.data, problems, lambda name: spell(f"data.{name}"))
-        check_limits(self.training, problems, lambda name: spell(f"training.{name}"))
+        _check_all(self, problems, spell, "")
+        task_type = self._check_task(problems, spell)
         name = str(self.method.get("name", ""))
         try:
             method = get_method(name)
@@ -116,10 +107,28 @@ class Recipe:
         if unknown:
             return None
         try:
-            return method.make_config(**{**METHOD_DEFAULTS.get(name, {}), **given, "task_type": "SEQ_CLS"})
+            return method.make_config(**{**METHOD_DEFAULTS.get(name, {}), **given, "task_type": task_type})
         except ConfigError as error:
             problems.add(str(error))
             return None
+
+    def _check_task(self, problems: Problems, spell: Callable[[str], str]) -> str | None:
+        """Resolve the task's options and the figure that chooses; returns PEFT's name for the kind of model."""
+        name = str(self.task.get("name", ""))
+        try:
+            task = find_task(name)
+        except ConfigError as error:
+            problems.add(f"{spell('task.name')}: {error}")
+            return None
+        options = task_options(task, {k: v for k, v in self.task.items() if k != "name"}, problems, spell)
+        self.task = {"name": name, **dataclasses.asdict(options)}
+        best = self.training.best
+        if best is None:
+            self.training.best = next(iter(task.figures))
+        elif best not in task.figures:
+            near = did_you_mean(best, task.figures)
+            problems.add(f"{spell('training.best')}={best!r}: {name} has no such figure.{near}")
+        return task.task_type
 
     def resolve_method(self, config: AdapterConfig) -> None:
         """Write every option of the method that says something, so that the recipe alone repeats the run."""
@@ -130,6 +139,14 @@ class Recipe:
     def to_yaml(self) -> str:
         """The recipe as a file."""
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _check_all(options: Any, problems: Problems, spell: Callable[[str], str], above: str) -> None:
+    """The limits of a dataclass and of those below it."""
+    check_limits(options, problems, lambda name: spell(f"{above}{name}"))
+    for f in dataclasses.fields(options):
+        if dataclasses.is_dataclass(value := getattr(options, f.name)):
+            _check_all(value, problems, spell, f"{above}{f.name}.")
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -161,10 +178,11 @@ def _filled(cls: type, content: Mapping[str, Any], above: str, problems: Problem
                 values[key] = _filled(hints[key], value, f"{where}.", problems)  # type: ignore[arg-type]
             else:
                 problems.add(f"{where}={value!r}: expected the keys {', '.join(typing.get_type_hints(hints[key]))} below it")
-        elif key == "method":
+        elif where in NAMED:
             values[key] = {"name": value} if isinstance(value, str) else value
             if not isinstance(values[key], Mapping) or "name" not in values[key]:
-                problems.add("method: expected a name, such as lora, or the key name and the method's options below it")
+                form = f"expected a name, such as {NAMED[key]}, or the key name and the {key}'s options below it"
+                problems.add(f"{key}: {form}")
                 del values[key]
         else:
             try:

@@ -11,25 +11,26 @@ import json
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from afina.core.files import write_atomically
-from afina.data.clean import CleanReport, Example
-from afina.data.divide import divided
+from afina.data.columns import chosen_columns
+from afina.data.divide import Divided, divided
+from afina.data.example import Example
 from afina.data.read import read_table
 from afina.errors import CheckpointError, ConfigError, DataError, MissingDependencyError, Problems
 from afina.functions import get_peft_model
 from afina.model import PeftModel
 from afina.report.html import REPORT, write_report
-from afina.tasks.sequence_classification import Encoded, SequenceClassification
-from afina.training.loop import Fitted, Rows, fit, make_accelerator, predict
+from afina.tasks.catalogue import find_task, task_from_settings, tasks
+from afina.tasks.task import Encoded, Rows, Task
+from afina.training.loop import Fitted, fit, make_accelerator, predict
 from afina.training.models import ModelSource, find_model, load_config, load_tokenizer
 from afina.training.precision import choose_precision
 from afina.training.recipe import Recipe
@@ -38,6 +39,7 @@ __all__ = ["Run", "prepare", "write_csv"]
 
 SPLITS = ("train", "validation", "test")
 RECIPE, ADAPTER, DATA, METRICS, PREDICTIONS = "recipe.yaml", "adapter", "data", "metrics.json", "predictions.csv"
+_COMPARED = 8  # features that are compared when the adapter is read back
 _TOLERANCE = 1e-4  # of probabilities of the adapter read back, on the device and in float32
 
 
@@ -57,22 +59,21 @@ def prepare(
     """
     problems = problems or Problems("the recipe")
     config = recipe.check(problems, spell)
-    table = None
-    if recipe.data.file:
+    kind = find_task(recipe.task["name"]).kind if recipe.task["name"] in tasks() else None
+    table, columns = None, dict[str, str]()
+    if kind is None:
+        pass  # the recipe's check has told it
+    elif not recipe.data.file:
+        for role in ("file", *(role for role, column in kind.columns.items() if column.required)):
+            if not getattr(recipe.data, role):
+                problems.add(f"{spell(f'data.{role}')} is missing")
+    else:
         try:
-            table = read_table(recipe.data.file, {recipe.data.text, recipe.data.label} - {""})
-            recipe.data.text, recipe.data.label = recipe.data.text or table.text, recipe.data.label or table.label
-            for key in ("text", "label"):
-                column = getattr(recipe.data, key)
-                if column and (missing := table.missing(column)):
-                    problems.add(f"{spell(f'data.{key}')}: {missing}")
-            if recipe.data.text and recipe.data.text == recipe.data.label:
-                problems.add(f"{spell('data.text')} and {spell('data.label')} are both {recipe.data.text!r}")
+            wanted = {getattr(recipe.data, role) for role in kind.columns} - {""}
+            table = read_table(recipe.data.file, wanted)
+            columns = chosen_columns(table, kind, recipe.data, problems, spell)
         except (DataError, MissingDependencyError) as error:
             problems.add(f"{spell('data.file')}: {error}")
-    for key in ("file", "text", "label"):
-        if not getattr(recipe.data, key):
-            problems.add(f"{spell(f'data.{key}')} is missing")
     source = None
     try:
         source = find_model(recipe.model)
@@ -91,16 +92,17 @@ def prepare(
     problems.raise_as(ConfigError)
     assert output is not None
     assert table is not None
+    assert kind is not None
     assert source is not None
 
-    shares = {"validation": recipe.data.validation, "test": recipe.data.test}
-    done = divided(table, recipe.data.text, recipe.data.label, **shares, seed=recipe.training.seed)
-    examples, cleaned, sides = done.examples, done.cleaned, list(done.sides.values())
-    labels = sorted(cleaned.classes)
-    splits = {name: [examples[i] for i in rows] for name, rows in zip(SPLITS, sides, strict=True)}
+    done = _divided(table, kind, recipe.data, columns=columns, seed=recipe.training.seed)
+    splits = {name: [done.examples[i] for i in rows] for name, rows in done.sides.items()}
 
     load_config(source)
-    task = SequenceClassification(labels, load_tokenizer(source))
+    made = find_task(recipe.task["name"])
+    options = made.Options(**{k: v for k, v in recipe.task.items() if k != "name"})
+    learned = made.learn(splits["train"], [*splits["validation"], *splits["test"]])
+    task = made(load_tokenizer(source), options, learned)
     torch.manual_seed(recipe.training.seed)
     config.base_model_name_or_path = source.public_name
     base = task.load_model(source.path)
@@ -110,15 +112,34 @@ def prepare(
         raise ConfigError(f"{asked}: {recipe.model} takes at most {limit} tokens")
     model = get_peft_model(base, config)
     recipe.resolve_method(model.peft_config["default"])
-    encoded = task.encode([e.text for e in examples], recipe.training.max_length, limit)
+    everything = [e for examples in splits.values() for e in examples]
+    encoded = task.encode(everything, recipe.training.max_length, limit)
     recipe.training.max_length = encoded.max_length
-    _check_truncation(encoded, recipe, spell, limit)
-    rows = {
-        name: Rows([encoded.ids[i] for i in side], [labels.index(examples[i].label) for i in side])
-        for name, side in zip(SPLITS, sides, strict=True)
-    }
-    found = {"near_duplicates": done.near, "leaks": done.leaks, "notes": done.notes}
-    return Run(recipe, output, source, task, model, splits, rows, cleaned, encoded, precision, found, overwrite, resume)
+    _check_truncation(encoded, len(everything), recipe, spell, limit)
+    rows = _sides(splits, encoded)
+    return Run(recipe, output, source, task, model, rows, done, columns, encoded, precision, overwrite, resume)
+
+
+def _divided(table: Any, kind: Any, options: Any, *, columns: dict[str, str], seed: int) -> Divided:
+    """Until `divided` takes kinds of rows."""
+    from dataclasses import replace
+
+    done = divided(table, columns["text"], columns["label"], validation=options.validation, test=options.test, seed=seed)
+    rows = [{"text": e.text, "label": e.label} for e in done.examples]
+    done.examples = [  # type: ignore[assignment]
+        replace(kind.make(row, e.line), row=row) for row, e in zip(rows, done.examples, strict=True)
+    ]
+    return done
+
+
+def _sides(splits: Mapping[str, list[Example]], encoded: Encoded) -> dict[str, Rows]:
+    """Features back to the sides that their examples are on; each then counts its own examples."""
+    sides, first = {}, 0
+    for name, examples in splits.items():
+        last = first + len(examples)
+        own = [{**f, "row": f["row"] - first} for f in encoded.features if first <= f["row"] < last]
+        sides[name], first = Rows(examples, own), last
+    return sides
 
 
 @dataclass
@@ -128,27 +149,27 @@ class Run:
     recipe: Recipe
     output: Path
     source: ModelSource
-    task: SequenceClassification
+    task: Task
     model: PeftModel
-    splits: dict[str, list[Example]]
     rows: dict[str, Rows]
-    cleaned: CleanReport
+    divided: Divided
+    columns: dict[str, str]  # role -> column of the file
     encoded: Encoded
     precision: str
-    found: dict[str, Any]  # what dividing the rows brought to light
     overwrite: bool = False
     resume: bool = False
 
     def classes(self, split: str) -> dict[str, int]:
         """Rows of each class on one side of the split."""
-        counts = Counter(e.label for e in self.splits[split])
+        counts = Counter(e.label for e in self.rows[split].examples)
         return {label: counts[label] for label in self.task.labels}
 
-    def example(self) -> tuple[Example, list[str]]:
-        """A training row of middling length, and its tokens as the model gets them."""
-        order = sorted(range(len(self.rows["train"].ids)), key=lambda i: len(self.rows["train"].ids[i]))
-        middle = order[len(order) // 2]
-        return self.splits["train"][middle], self.task.tokenizer.convert_ids_to_tokens(self.rows["train"].ids[middle])
+    def example(self) -> tuple[Example, list[str], list[bool]]:
+        """A training row of middling length, its tokens as the model gets them, and which of them are targets."""
+        rows = self.rows["train"]
+        order = sorted(range(len(rows.features)), key=lambda i: len(rows.features[i]["input_ids"]))
+        middle = rows.features[order[len(order) // 2]]
+        return rows.examples[middle["row"]], *self.task.rendered(middle)
 
     def execute(self, tell: Callable[[dict[str, Any]], None] = lambda line: None) -> dict[str, Any]:
         """Train, test, save, read back; returns what `metrics.json` holds."""
@@ -164,14 +185,15 @@ class Run:
             tell=tell, resume=self.resume,
         )  # fmt: skip
         test = self.rows["test"]
-        probabilities = predict(self.model, self.task, test.ids, options.batch_size * 2, accelerator, exact=True)
-        metrics = self._metrics(fitted, probabilities)
+        answers = predict(self.model, self.task, test, options.batch_size * 2, accelerator, exact=True, final=True)
+        metrics = self._metrics(fitted, answers)
         if accelerator.is_main_process:
-            self._write_predictions(probabilities)
+            self._write_predictions(answers)
             self.model.save_pretrained(self.output / ADAPTER, tokenizer=self.task.tokenizer)
             metrics["read_back"] = self._read_back()
             _write_json(self.output / METRICS, metrics)
-            write_report(self.output)
+            if self.task.kind.labels == "class":
+                write_report(self.output)
         accelerator.wait_for_everyone()
         return metrics
 
@@ -184,42 +206,43 @@ class Run:
             for name in (ADAPTER, DATA, "checkpoints"):
                 shutil.rmtree(self.output / name, ignore_errors=True)
         (self.output / DATA).mkdir(parents=True, exist_ok=True)
-        for name, examples in self.splits.items():
-            columns = [self.recipe.data.text, self.recipe.data.label, "line"]
-            write_csv(self.output / DATA / f"{name}.csv", columns, [(e.text, e.label, e.line) for e in examples])
+        for name, rows in self.rows.items():
+            lines = [[*(e.row[role] for role in self.columns), e.line] for e in rows.examples]
+            write_csv(self.output / DATA / f"{name}.csv", [*self.columns.values(), "line"], lines)
+        lengths = sorted(self.encoded.lengths)
+        last = len(lengths) - 1
         report = {
             "file": self.recipe.data.file,
-            **asdict(self.cleaned),
-            **self.found,
-            "splits": {name: {"rows": len(self.splits[name]), "classes": self.classes(name)} for name in SPLITS},
+            "columns": self.columns,
+            **self.divided.report(),
             "truncated": self.encoded.truncated,
             "max_length": self.encoded.max_length,
+            "tokens": {f"{share} %": lengths[last * share // 100] for share in (0, 5, 25, 50, 75, 95, 100)},
         }
         _write_json(self.output / DATA / "data_report.json", report)
         head = "# The whole run. To repeat it: afina train recipe.yaml --output ANOTHER_FOLDER\n"
         labels = "".join(f"#   {i}  {json.dumps(label, ensure_ascii=False)}\n" for i, label in enumerate(self.task.labels))
-        text = f"{head}# Classes, in the order of the model's outputs:\n{labels}{self.recipe.to_yaml()}"
+        classes = f"# Classes, in the order of the model's outputs:\n{labels}" if labels else ""
+        text = f"{head}{classes}{self.recipe.to_yaml()}"
         write_atomically(self.output / RECIPE, lambda path: path.write_text(text, encoding="utf-8"))
 
-    def _write_predictions(self, probabilities: np.ndarray) -> None:
-        labels = self.task.labels
-        data = self.recipe.data
-        columns = ["line", data.text, data.label, "answer", "right", *(f"p({label})" for label in labels)]
-        rows = []
-        for example, row in zip(self.splits["test"], probabilities, strict=True):
-            answer = labels[int(row.argmax())]
-            right = "yes" if answer == example.label else "no"
-            rows.append((example.line, example.text, example.label, answer, right, *(f"{p:.6f}" for p in row)))
-        write_csv(self.output / PREDICTIONS, columns, rows)
+    def _write_predictions(self, answers: Sequence[Any]) -> None:
+        rows, titles = [], list[str]()
+        for example, answer in zip(self.rows["test"].examples, answers, strict=True):
+            said, right = self.task.columns(answer, example), self.task.right(answer, example)
+            titles = ["answer", *([] if right is None else ["right"]), *(k for k in said if k != "answer")]
+            known = {**said, "right": "yes" if right else "no"}
+            rows.append([example.line, *(example.row[role] for role in self.columns), *(known[k] for k in titles)])
+        write_csv(self.output / PREDICTIONS, ["line", *self.columns.values(), *titles], rows)
 
-    def _metrics(self, fitted: Fitted, probabilities: np.ndarray) -> dict[str, Any]:
+    def _metrics(self, fitted: Fitted, answers: Sequence[Any]) -> dict[str, Any]:
         trainable, total = self.model.get_nb_trainable_parameters()
-        texts = {name: [e.text for e in self.splits[name]] for name in ("train", "test")}
-        test = self.rows["test"].targets
         return {
-            "test": self.task.metrics(probabilities, test),
+            "task": self.task.settings(),
+            "figures": {key: asdict(figure) for key, figure in self.task.figures.items()},
+            "test": self.task.metrics(answers, self.rows["test"].examples),
             "validation": fitted.validation,
-            "baselines": self.task.baselines(texts["train"], self.rows["train"].targets, texts["test"], test),
+            "baselines": self.task.baselines(self.rows["train"], self.rows["test"]),
             "train": {
                 "seconds": round(fitted.seconds, 2),
                 "steps": fitted.steps,
@@ -241,25 +264,25 @@ class Run:
 
         Raises CheckpointError where the answers differ by more than rounding.
         """
-        device = next(self.model.parameters()).device
-        fresh_task = SequenceClassification(self.task.labels, load_tokenizer(self.source, self.output / ADAPTER))
-        fresh = PeftModel.from_pretrained(
-            fresh_task.load_model(self.source.path), self.output / ADAPTER, tokenizer=fresh_task.tokenizer
-        ).to(device)
-        chosen = sorted(range(len(self.splits["test"])), key=lambda i: -len(self.rows["test"].ids[i]))[:8]
-        length, folder = self.encoded.max_length, self.output / ADAPTER
-        ids = fresh_task.encode([self.splits["test"][i].text for i in chosen], length, length).ids
-        if ids != [self.rows["test"].ids[i] for i in chosen]:
+        device, folder, rows = next(self.model.parameters()).device, self.output / ADAPTER, self.rows["test"]
+        task = task_from_settings(self.task.settings(), load_tokenizer(self.source, folder))
+        fresh = PeftModel.from_pretrained(task.load_model(self.source.path), folder, tokenizer=task.tokenizer).to(device)
+        longest = sorted(range(len(rows.features)), key=lambda i: -rows.lengths[i])[:_COMPARED]
+        chosen = sorted({rows.features[i]["row"] for i in longest})
+        length = self.encoded.max_length
+        again = task.encode([rows.examples[i] for i in chosen], length, length).features
+        trained = [f for f in rows.features if f["row"] in chosen]
+        if [f["input_ids"] for f in again] != [f["input_ids"] for f in trained]:
             raise CheckpointError(f"{folder}: the tokenizer that was written splits texts differently when read back")
-        batch = {k: v.to(device) for k, v in self.task.collate(ids).items()}
-        answers = [torch.softmax(self.task.logits(m.eval(), batch).double(), -1) for m in (self.model, fresh)]
+        batch = {k: v.to(device) for k, v in task.collate(again[:_COMPARED]).items()}
+        answers = [one.outputs(m.eval(), batch) for one, m in ((self.task, self.model), (task, fresh))]
         difference = float((answers[0] - answers[1]).abs().max())
         if not difference <= _TOLERANCE:
             raise CheckpointError(
                 f"{folder}, read back, does not answer as the model that was trained: probabilities differ by up to "
                 f"{difference:.2g}. Do not use it, and please report this"
             )
-        return {"rows": len(chosen), "largest_difference": difference}
+        return {"rows": len(again[:_COMPARED]), "largest_difference": difference}
 
 
 def _check_output(output: Path, problems: Problems, *, overwrite: bool, resume: bool) -> None:
@@ -275,8 +298,8 @@ def _check_output(output: Path, problems: Problems, *, overwrite: bool, resume: 
             problems.add(f"--output {output} holds no run of afina, so --overwrite does not touch it; take another folder")
 
 
-def _check_truncation(encoded: Encoded, recipe: Recipe, spell: Callable[[str], str], limit: int) -> None:
-    share = encoded.truncated / len(encoded.ids)
+def _check_truncation(encoded: Encoded, texts: int, recipe: Recipe, spell: Callable[[str], str], limit: int) -> None:
+    share = encoded.truncated / texts
     if share > recipe.training.max_truncated:
         cure = (
             f"raise {spell('training.max_length')} (the model takes up to {limit})"
@@ -284,7 +307,7 @@ def _check_truncation(encoded: Encoded, recipe: Recipe, spell: Callable[[str], s
             else "shorten the texts or take a model for longer ones"
         )
         raise DataError(
-            f"{encoded.truncated} of {len(encoded.ids)} texts ({share:.0%}) are longer than {encoded.max_length} tokens and "
+            f"{encoded.truncated} of {texts} texts ({share:.0%}) are longer than {encoded.max_length} tokens and "
             f"would be cut off; {spell('training.max_truncated')} allows {recipe.training.max_truncated:.0%}: {cure}, or "
             "allow more"
         )

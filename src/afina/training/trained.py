@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from afina.errors import CheckpointError
+from afina.data.clean import normalised
+from afina.data.example import Example
+from afina.errors import CheckpointError, DataError, Problems, shortened
 from afina.model import PeftModel
-from afina.tasks.sequence_classification import SequenceClassification
+from afina.tasks.catalogue import task_from_settings
+from afina.tasks.task import Rows, Task
 from afina.training.loop import make_accelerator, predict
 from afina.training.models import find_model, load_tokenizer
 from afina.training.recipe import Recipe, read_recipe
 
 __all__ = ["TrainedRun"]
+
+_NAMED = 5  # rows named in an error
 
 
 @dataclass
@@ -25,7 +29,7 @@ class TrainedRun:
 
     folder: Path
     recipe: Recipe
-    task: SequenceClassification
+    task: Task
     model: PeftModel
 
     @classmethod
@@ -43,15 +47,49 @@ class TrainedRun:
                 f"--output of `afina train`{again}"
             )
         recipe = read_recipe(folder / "recipe.yaml")
-        labels = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["test"]["labels"]
+        settings = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["task"]
         source = find_model(recipe.model)
-        task = SequenceClassification(labels, load_tokenizer(source, folder / "adapter"))
+        task = task_from_settings(settings, load_tokenizer(source, folder / "adapter"))
         model = PeftModel.from_pretrained(task.load_model(source.path), folder / "adapter", tokenizer=task.tokenizer)
         return cls(folder, recipe, task, model)
 
-    def probabilities(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
-        """Probabilities `[texts, classes]` of texts that are not empty, in float32."""
+    @property
+    def columns(self) -> dict[str, str]:
+        """Role -> column of the file that it was trained on."""
+        named = {role: getattr(self.recipe.data, role) for role in self.task.kind.columns}
+        return {role: column for role, column in named.items() if column}
+
+    def examples(self, rows: Sequence[Mapping[str, str]], lines: Sequence[int | str] = ()) -> list[Example]:
+        """Rows by role as examples; those without a text have the text "". Raises DataError with what the task refuses."""
+        made, problems, wrong = list[Example](), Problems("the rows"), 0
+        labels = {normalised(label): label for label in self.task.labels} if self.task.kind.labels == "class" else {}
+        unknown = set()
+        for line, row in zip(lines or range(1, len(rows) + 1), rows, strict=True):
+            row = {role: text.strip() for role, text in row.items()}
+            try:
+                example = self.task.kind.make(row, line) if row["text"] else Example("", "", line)
+            except ValueError as error:
+                wrong += 1
+                if wrong <= _NAMED:
+                    problems.add(f"line {line}: {error}")
+                continue
+            if labels and example.label:
+                if normalised(example.label) not in labels:
+                    unknown.add(example.label)
+                example = replace(example, label=labels.get(normalised(example.label), example.label))
+            made.append(replace(example, row=row))
+        if unknown:
+            problems.add(
+                f"labels the model does not know: {shortened(sorted(unknown))}. It knows {shortened(self.task.labels)}"
+            )
+        problems.raise_as(DataError, f"{wrong - _NAMED} more rows are like that." if wrong > _NAMED else "")
+        return made
+
+    def answers(self, examples: Sequence[Example], batch_size: int = 32) -> list[Any]:
+        """One answer an example, in float32; examples have a text."""
         accelerator = make_accelerator("fp32")
         length = self.recipe.training.max_length
-        encoded = self.task.encode(texts, length, length or self.task.limit(self.model.get_base_model()))
-        return predict(self.model.to(accelerator.device), self.task, encoded.ids, batch_size, accelerator, exact=True)
+        encoded = self.task.encode(examples, length, length or self.task.limit(self.model.get_base_model()))
+        rows = Rows(list(examples), encoded.features)
+        model = self.model.to(accelerator.device)
+        return predict(model, self.task, rows, batch_size, accelerator, exact=True, final=True)

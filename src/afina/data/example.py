@@ -1,0 +1,60 @@
+"""One row as a task sees it, and what reading, cleaning and dividing must know of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["ROLES", "Column", "Example", "Kind"]
+
+ROLES = ("text", "text_pair", "label")  # keys of `data` in a recipe that name columns
+
+
+@dataclass(frozen=True)
+class Example:
+    """One usable row, with the line of the file it came from.
+
+    `text` is all of the input: what may not stand on two sides of a split, exactly or nearly. `label` is the target as
+    text; what it means is said by `Kind.labels`. `value` is what the task makes of the row, where that is more than a text
+    and a label. Examples of one `group` stay on one side.
+    """
+
+    text: str
+    label: str
+    line: int | str
+    value: Any = None
+    group: str = ""
+    row: Mapping[str, str] = field(default_factory=dict)  # by role, as it was cleaned; set by `divided`, not by `Kind.make`
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column that a task reads."""
+
+    help: str
+    names: tuple[str, ...] = ()  # taken, in this order, where the recipe names none
+    required: bool = True
+    structured: bool = False  # may hold a list or an object; `Kind.make` then gets it as JSON
+    repair: bool = True  # repairing letters and white space changes nothing else (no offsets point into it)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a row of a task consists of.
+
+    `make(row, line)` gets the row by role (`text`, `text_pair`, `label`; stripped text) and returns the example. The label
+    is absent when a model is asked, and then the example's is "". An example without text or, in a file to train on,
+    without label is dropped and counted. It raises ValueError where the row cannot be what the task expects, saying what
+    was found and expected; all such rows are told together.
+
+    `labels`: "class" (spelling is repaired, one text under two labels is dropped, splits keep the shares of classes),
+    "classes" (several, joined by a comma), "number", "text" (one input may have several right answers: all are kept, on one
+    side), or "none" (the text is all there is).
+    """
+
+    columns: Mapping[str, Column]
+    labels: str
+    make: Callable[[Mapping[str, str], int | str], Example]
+    read: Callable[[Path], Any] | None = None  # a form of file of its own: a Table, or None where it is not

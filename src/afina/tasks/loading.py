@@ -1,0 +1,46 @@
+"""Loads a base with the head of a task, and nothing else new: weights missing below the head are an error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from afina.errors import ConfigError, shortened
+
+__all__ = ["load_base"]
+
+
+def load_base(auto: Any, path: str, tokenizer: Any, *, heads: tuple[str, ...] | None = None, **settings: Any) -> Any:
+    """A model of one of transformers' Auto classes, float32, its padding id set.
+
+    `heads`: prefixes of the parameters that may be new; None: everything outside the base model proper. `settings` go into
+    the configuration. Raises ConfigError where the architecture has no such head or weights are missing or misshapen.
+    """
+    try:
+        model, info = auto.from_pretrained(
+            path,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # a head for other labels is replaced; anything else is refused below
+            dtype=torch.float32,
+            **settings,
+        )
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        wanted = auto.__name__.removeprefix("AutoModel").removeprefix("For") or "encoder"
+        raise ConfigError(f"model {path}: transformers has no {wanted} model of this architecture") from error
+    new = _outside_base(model) if heads is None else heads
+    mismatched = sorted(str(entry[0]) for entry in info["mismatched_keys"] if not str(entry[0]).startswith(new))
+    if mismatched:
+        raise ConfigError(f"model {path}: weights of another shape than its configuration says: {shortened(mismatched)}")
+    below = sorted(k for k in info["missing_keys"] if not k.startswith(new) and ".pooler." not in f".{k}")
+    if below:
+        raise ConfigError(f"model {path}: the checkpoint lacks weights below the head: {shortened(below)}")
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def _outside_base(model: Any) -> tuple[str, ...]:
+    base = model.base_model_prefix
+    return tuple(f"{name}." for name, _ in model.named_children() if name != base)

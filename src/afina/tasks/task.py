@@ -1,0 +1,198 @@
+"""What a task is: what a row means, the model class, the batch, the loss, the answers, their figures.
+
+A run goes: `kind` makes examples of the rows of a file; `learn` looks at them (which labels are there); `load_model`;
+`encode` turns examples into features, which are what the model reads; `collate` makes a batch of features; `loss_sum` is
+what is trained. To measure, `answers` reads a batch and returns one small answer a feature (never all logits, T32),
+`join` makes one an example of them, and `metrics` makes figures of those. A task is one file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from afina.data.example import Example, Kind
+from afina.errors import ConfigError
+
+__all__ = ["Batch", "Encoded", "Feature", "Figure", "NoOptions", "Rows", "Task"]
+
+Batch = dict[str, torch.Tensor]
+Feature = dict[str, Any]  # "input_ids": list of token ids; "row": number of its example; and what else the task needs
+IGNORED = -100  # a target that counts nowhere
+NO_LIMIT = 1_000_000  # tokenizers without a limit name an absurd one
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure that is shown."""
+
+    title: str
+    form: str = ".3f"  # as in format(): ".1%" or ".3f"
+    better: int = 1  # -1 where less is better
+
+    def shown(self, value: Any) -> str:
+        """The figure as text; a dash where there is none."""
+        return "-" if value is None else format(value, self.form)
+
+
+@dataclass
+class Encoded:
+    """Features of a list of examples, in its order, and how many examples were cut off."""
+
+    features: list[Feature]
+    truncated: int
+    max_length: int
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each feature."""
+        return [len(f["input_ids"]) for f in self.features]
+
+
+@dataclass
+class Rows:
+    """One side of a split: its examples, and their features (`feature["row"]` counts within these examples)."""
+
+    examples: list[Example]
+    features: list[Feature]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each feature, on both sides of a model with an encoder and a decoder."""
+        return [len(f["input_ids"]) + len(f.get("decoder_ids", ())) for f in self.features]
+
+    @property
+    def ids(self) -> list[list[int]]:
+        """Token ids of each feature."""
+        return [f["input_ids"] for f in self.features]
+
+
+@dataclass
+class NoOptions:
+    """A task without options of its own."""
+
+
+class Task(ABC):
+    """The interface. `options` are those of the recipe's `task`, `learned` is what `learn` returned (it is saved)."""
+
+    name: ClassVar[str]
+    task_type: ClassVar[str | None]  # PEFT's name for the kind of model
+    kind: ClassVar[Kind]
+    figures: ClassVar[Mapping[str, Figure]]  # keys of `metrics` that are shown; the first chooses the weights that are kept
+    Options: ClassVar[type] = NoOptions  # a dataclass of `option` fields
+
+    label_smoothing = 0.0  # of the training loss; figures do not know it
+    class_weights: Sequence[float] | None = None  # of the training loss, one a label
+
+    def __init__(self, tokenizer: Any, options: Any = None, learned: Mapping[str, Any] | None = None):
+        self.tokenizer = tokenizer
+        self.options = self.Options() if options is None else options
+        self.learned = dict(learned or {})
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        if tokenizer.pad_token is None:
+            raise ConfigError("the tokenizer has neither a padding, an end nor an unknown token, so rows cannot be padded")
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels, in the order of the model's outputs; none where the task has none."""
+        return list(self.learned.get("labels", []))
+
+    @classmethod
+    def learn(cls, train: Sequence[Example], others: Sequence[Example]) -> dict[str, Any]:
+        """What the model and the loss must know of the data; JSON. The labels, for tasks that have them."""
+        return {}
+
+    # --- model
+
+    @abstractmethod
+    def load_model(self, path: str) -> Any:
+        """The base model with a head for this task, float32. Raises ConfigError where there is none."""
+
+    def limit(self, model: Any) -> int:
+        """The most tokens that model and tokenizer can take."""
+        positions = getattr(model.config, "max_position_embeddings", None) or NO_LIMIT
+        return int(min(positions, self.tokenizer.model_max_length or NO_LIMIT))
+
+    # --- rows
+
+    @abstractmethod
+    def encode(self, examples: Sequence[Example], max_length: int | None, limit: int) -> Encoded:
+        """Features of at most `max_length` tokens; None: of the longest example, up to `limit`.
+
+        Examples without a label get features without targets. Raises DataError for what cannot be trained on.
+        """
+
+    @abstractmethod
+    def collate(self, features: Sequence[Feature]) -> Batch:
+        """One batch, padded; "attention_mask" counts as tokens read; targets where the features have them."""
+
+    # --- training
+
+    @abstractmethod
+    def loss_sum(self, model: Any, batch: Batch) -> torch.Tensor:
+        """The loss, summed over the targets of the batch; the step divides by all its targets (T25)."""
+
+    @abstractmethod
+    def targets_in(self, batch: Mapping[str, torch.Tensor]) -> float:
+        """How many targets a batch holds (their weights, where they have weights)."""
+
+    # --- answers
+
+    @abstractmethod
+    def answers(self, model: Any, batch: Batch) -> list[Any]:
+        """One small answer a feature: what `metrics` needs, on the CPU."""
+
+    def final_answers(self, model: Any, batch: Batch) -> list[Any]:
+        """As `answers`, for the test rows and for `afina predict`; here a task generates text."""
+        return self.answers(model, batch)
+
+    def join(self, answers: Sequence[Any], rows: Rows) -> list[Any]:
+        """One answer an example, where an example may have several features."""
+        return list(answers)
+
+    @abstractmethod
+    def metrics(self, answers: Sequence[Any], examples: Sequence[Example]) -> dict[str, Any]:
+        """Figures as JSON: "rows", "loss", and at least the keys of `figures`."""
+
+    def baselines(self, train: Rows, test: Rows) -> dict[str, dict[str, Any]]:
+        """The same figures for answers that need no model, each with a "title"."""
+        return {}
+
+    def right(self, answer: Any, example: Example) -> bool | None:
+        """Whether an answer is right; None where that is no question of yes and no."""
+        return None
+
+    @abstractmethod
+    def columns(self, answer: Any, example: Example) -> dict[str, str]:
+        """The answer as columns of a CSV file: "answer" first, then for example p(LABEL)."""
+
+    def respond(self, answer: Any, example: Example) -> dict[str, Any]:
+        """The answer as JSON, for `afina predict --json`."""
+        return dict(self.columns(answer, example))
+
+    def outputs(self, model: Any, batch: Batch) -> torch.Tensor:
+        """Numbers between 0 and 1, or nearly, that two equal models agree on: compared when an adapter is read back."""
+        return torch.softmax(self.logits(model, batch).double(), dim=-1)
+
+    def logits(self, model: Any, batch: Batch) -> torch.Tensor:
+        """Scores of the model in float32."""
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        return model(**inputs).logits.float()  # type: ignore[no-any-return]
+
+    # --- what is shown
+
+    def rendered(self, feature: Feature) -> tuple[list[str], list[bool]]:
+        """The tokens of a feature as the model gets them, and which of them are targets."""
+        ids, labels = feature["input_ids"], feature.get("labels")
+        aimed = [label != IGNORED for label in labels] if isinstance(labels, list) and len(labels) == len(ids) else []
+        return self.tokenizer.convert_ids_to_tokens(ids), aimed or [False] * len(ids)
+
+    def settings(self) -> dict[str, Any]:
+        """What makes this task again: for the run folder."""
+        return {"name": self.name, "options": dataclasses.asdict(self.options), **self.learned}
