@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from afina.cli.train import PLACES
+from afina.cli.assignments import PLACES
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +120,7 @@ def test_every_option_says_its_default_as_the_recipe_has_it():
             text = typing.get_args(annotation)[1].help
             said = text[text.rindex("(default: ") + len("(default: ") : -1]
             section, _, key = PLACES[name].rpartition(".")
-            default = (
-                getattr(recipe, name)["name"] if name in ("method", "task") else getattr(getattr(recipe, section) if section else recipe, key)
-            )
+            holder = getattr(recipe, section) if section else recipe
+            default = holder["name"] if isinstance(holder, dict) else getattr(holder, key)
             assert default is None or said == f"{default}", name
     assert set(PLACES) <= set(inspect.signature(train).parameters)

@@ -9,7 +9,7 @@ import torch
 from test_loop import fitted, prepared
 from tiny_bases import save_bert, write_rows
 
-from afina.cli.train import section_options
+from afina.cli.assignments import section_options
 from afina.errors import ConfigError, MissingDependencyError, Problems
 from afina.training.optimizers import OPTIMIZERS, make_optimizer
 from afina.training.recipe import Recipe

@@ -1,15 +1,35 @@
-"""`key=value` on the command line, as the types that a dataclass declares."""
+"""The recipe that a file, options and `key=value` on the command line make together."""
 
 from __future__ import annotations
 
 import dataclasses
 import typing
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from afina.errors import Problems, did_you_mean
 
-__all__ = ["method_options"]
+if TYPE_CHECKING:
+    from afina.training.recipe import Recipe
+
+__all__ = ["PLACES", "assemble", "method_options", "section_options", "typed_as"]
+
+# option -> where the recipe keeps it
+PLACES = {
+    "data": "data.file", "text": "data.text", "text_pair": "data.text_pair", "label": "data.label", "model": "model",
+    "method": "method.name", "task": "task.name",
+    "epochs": "training.epochs", "batch_size": "training.batch_size", "learning_rate": "training.learning_rate",
+    "max_length": "training.max_length", "max_truncated": "training.max_truncated", "precision": "training.precision",
+    "gradient_accumulation": "training.gradient_accumulation", "seed": "training.seed",
+}  # fmt: skip
+TYPED = {place: f"--{option.replace('_', '-')}" for option, place in PLACES.items()} | {"output": "--output"}
+
+
+def typed_as(place: str) -> str:
+    """How a key of the recipe is typed on the command line."""
+    return TYPED.get(place, place)
+
 
 
 def method_options(typed: Sequence[str], config: Any, name: str, problems: Problems) -> dict[str, Any]:
@@ -34,3 +54,62 @@ def method_options(typed: Sequence[str], config: Any, name: str, problems: Probl
             except ValueError as error:
                 problems.add(f"{word}: {error}")
     return values
+
+
+def assemble(given: dict[str, Any], arguments: list[str], problems: Problems) -> Recipe:
+    """The recipe that a file and the options typed over it make; what cannot be understood is added to `problems`."""
+    from afina.core.registry import methods
+    from afina.training.recipe import Recipe, read_recipe
+
+    files = [a for a in arguments if a.endswith((".yaml", ".yml")) and "=" not in a]
+    if len(files) > 1:
+        problems.add(f"one recipe at a time: {', '.join(files)}")
+    recipe = read_recipe(Path(files[0])) if files else Recipe()
+    for name, value in given.items():
+        section, _, key = PLACES[name].rpartition(".")
+        if section in ("method", "task"):
+            if value != getattr(recipe, section).get("name"):
+                setattr(recipe, section, {"name": value})
+        else:
+            setattr(getattr(recipe, section) if section else recipe, key, value)
+    words = [a for a in arguments if a not in files]
+    words = section_options(words, recipe, problems)
+    chosen = methods().get(str(recipe.method["name"]))
+    if chosen is not None:  # else its name is a problem that the recipe's own check tells
+        recipe.method.update(method_options(words, chosen.config, chosen.name, problems))
+    return recipe
+
+
+def section_options(words: list[str], recipe: Recipe, problems: Problems) -> list[str]:
+    """Put every `training.KEY=VALUE`, `data.KEY=VALUE` and `task.KEY=VALUE` into the recipe; returns the other words."""
+    from afina.tasks.catalogue import tasks
+    from afina.training.recipe import parse_value
+
+    others = []
+    for word in words:
+        place, equals, text = word.partition("=")
+        section, _, rest = place.strip().replace("-", "_").partition(".")
+        if section not in ("training", "data", "task") or not equals or not rest:
+            others.append(word)
+            continue
+        chosen = tasks().get(str(recipe.task.get("name")))
+        if section == "task" and chosen is None:
+            continue  # the task's name is a problem that the recipe's own check tells
+        target: Any = chosen.Options if section == "task" and chosen else getattr(recipe, section)
+        *above, key = rest.split(".")
+        for name in above:
+            target = getattr(target, name, None)
+        hints = get_type_hints(target if isinstance(target, type) else type(target)) if target is not None else {}
+        if key not in hints:
+            problems.add(f"{place!r} is no key of a recipe.{did_you_mean(key, hints)}")
+            continue
+        try:
+            value = parse_value(text.strip(), hints[key])
+        except ValueError as error:
+            problems.add(f"{word}: {error}")
+            continue
+        if section == "task":
+            recipe.task[key] = value
+        else:
+            setattr(target, key, value)
+    return others

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from afina import __version__
-from afina.cli import compare, evaluate, methods, predict, prepare, report, targets, train
+from afina.cli import check, compare, evaluate, methods, predict, prepare, report, targets, tasks, train
 from afina.cli.show import fail
 from afina.errors import AfinaError
 
@@ -22,11 +22,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("prepare")(prepare.prepare)
+app.command("check")(check.check)
 app.command("train")(train.train)
 app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
 app.command("report")(report.report)
 app.command("compare")(compare.compare)
+app.command("tasks")(tasks.tasks)
 app.command("methods")(methods.methods)
 app.command("targets")(targets.targets)
 

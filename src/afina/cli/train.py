@@ -1,4 +1,4 @@
-"""`afina train`: from a CSV file to a tuned, tested and saved classifier."""
+"""`afina train`: from a file of rows to a tuned, tested and saved model."""
 
 from __future__ import annotations
 
@@ -6,30 +6,18 @@ import os
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from afina.cli.assignments import PLACES, assemble, typed_as
+from afina.cli.plan import MOST_CLASSES, show_plan
 from afina.cli.show import console, heading, pairs, quiet, table
 
 if TYPE_CHECKING:
-    from afina.errors import Problems
-    from afina.training.recipe import Recipe
     from afina.training.run import Run
 
 __all__ = ["train"]
-
-# option -> where the recipe keeps it
-PLACES = {
-    "data": "data.file", "text": "data.text", "text_pair": "data.text_pair", "label": "data.label", "model": "model",
-    "method": "method.name", "task": "task.name",
-    "epochs": "training.epochs", "batch_size": "training.batch_size", "learning_rate": "training.learning_rate",
-    "max_length": "training.max_length", "max_truncated": "training.max_truncated", "precision": "training.precision",
-    "gradient_accumulation": "training.gradient_accumulation", "seed": "training.seed",
-}  # fmt: skip
-MOST_CLASSES = 8  # columns that fit on a screen
-TYPED = {place: f"--{option.replace('_', '-')}" for option, place in PLACES.items()} | {"output": "--output"}
-
 
 def train(
     arguments: Annotated[
@@ -64,7 +52,7 @@ def train(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show everything, and stop before training.")] = False,
 ) -> None:
-    """Tune a classifier on a CSV file, test it on rows it never saw, and save it.
+    """Tune a model on a file, test it on rows it never saw, and save it.
 
     afina train --data messages.csv --text message --label label --output runs/messages
     """
@@ -80,7 +68,7 @@ def train(
         typed = typed if any(a.endswith((".yaml", ".yml")) for a in typed) else [str(output / "recipe.yaml"), *typed]
     recipe = assemble(given, typed, problems)
     run = prepare(
-        recipe, output, spell=lambda place: TYPED.get(place, place), problems=problems, overwrite=overwrite, resume=resume
+        recipe, output, spell=typed_as, problems=problems, overwrite=overwrite, resume=resume
     )
     speaks = os.environ.get("RANK", "0") == "0"  # one of several processes that torchrun started
     if speaks:
@@ -99,146 +87,6 @@ def train(
         raise typer.Exit(128 + stop.signal) from None
     if speaks:
         show_outcome(run, metrics, time.perf_counter() - started)
-
-
-def assemble(given: dict[str, Any], arguments: list[str], problems: Problems) -> Recipe:
-    """The recipe that a file and the options typed over it make; what cannot be understood is added to `problems`."""
-    from afina.cli.assignments import method_options
-    from afina.core.registry import methods
-    from afina.training.recipe import Recipe, read_recipe
-
-    files = [a for a in arguments if a.endswith((".yaml", ".yml")) and "=" not in a]
-    if len(files) > 1:
-        problems.add(f"one recipe at a time: {', '.join(files)}")
-    recipe = read_recipe(Path(files[0])) if files else Recipe()
-    for name, value in given.items():
-        section, _, key = PLACES[name].rpartition(".")
-        if section in ("method", "task"):
-            if value != getattr(recipe, section).get("name"):
-                setattr(recipe, section, {"name": value})
-        else:
-            setattr(getattr(recipe, section) if section else recipe, key, value)
-    words = [a for a in arguments if a not in files]
-    words = section_options(words, recipe, problems)
-    chosen = methods().get(str(recipe.method["name"]))
-    if chosen is not None:  # else its name is a problem that the recipe's own check tells
-        recipe.method.update(method_options(words, chosen.config, chosen.name, problems))
-    return recipe
-
-
-def section_options(words: list[str], recipe: Recipe, problems: Problems) -> list[str]:
-    """Put every `training.KEY=VALUE`, `data.KEY=VALUE` and `task.KEY=VALUE` into the recipe; returns the other words."""
-    from afina.errors import did_you_mean
-    from afina.tasks.catalogue import tasks
-    from afina.training.recipe import parse_value
-
-    others = []
-    for word in words:
-        place, equals, text = word.partition("=")
-        section, _, rest = place.strip().replace("-", "_").partition(".")
-        if section not in ("training", "data", "task") or not equals or not rest:
-            others.append(word)
-            continue
-        chosen = tasks().get(str(recipe.task.get("name")))
-        if section == "task" and chosen is None:
-            continue  # the task's name is a problem that the recipe's own check tells
-        target: Any = chosen.Options if section == "task" and chosen else getattr(recipe, section)
-        *above, key = rest.split(".")
-        for name in above:
-            target = getattr(target, name, None)
-        hints = get_type_hints(target if isinstance(target, type) else type(target)) if target is not None else {}
-        if key not in hints:
-            problems.add(f"{place!r} is no key of a recipe.{did_you_mean(key, hints)}")
-            continue
-        try:
-            value = parse_value(text.strip(), hints[key])
-        except ValueError as error:
-            problems.add(f"{word}: {error}")
-            continue
-        if section == "task":
-            recipe.task[key] = value
-        else:
-            setattr(target, key, value)
-    return others
-
-
-def show_plan(run: Run) -> None:
-    """What is about to happen, before it does."""
-    recipe, model = run.recipe, run.model
-    injected = model.adapters.injected["default"]
-    trainable, total = model.get_nb_trainable_parameters()
-    whole = f"{len(injected.saved)} trained whole" + (
-        f" ({', '.join(injected.saved)})" if 0 < len(injected.saved) < 7 else ""
-    )
-    heading("Model")
-    pairs(
-        {
-            "base": f"{recipe.model}, {type(model.get_base_model()).__name__}, {total:,} parameters",
-            "method": " ".join(str(v) if k == "name" else f"{k}={v}" for k, v in short(recipe.method).items()),
-            "layers": f"{len(injected.adapted)} adapted, {whole}, {frozen_layers(model)} frozen (see `afina targets`)",
-            "trained": f"{trainable:,} parameters, {trainable / total:.2%} of all",
-        }
-    )
-    heading("Data")
-    cleaned = run.divided.cleaned
-    pairs(
-        {
-            "file": f"{recipe.data.file}: {cleaned.rows} rows, {cleaned.kept} used",
-            "": "\n".join([*run.divided.notes, *cleaned.lines()] or ["none dropped"]),
-        }
-    )
-    labels = run.task.labels if run.task.kind.labels == "class" else []
-    columns = labels if len(labels) <= MOST_CLASSES else []
-    rows = [[name, len(side.examples), *(run.classes(name)[x] for x in columns)] for name, side in run.rows.items()]
-    table(["rows", "all", *columns], rows, right=["all", *columns])
-    if len(labels) > MOST_CLASSES:
-        sizes = sorted(run.classes("train").values())
-        pairs({"classes": f"{len(labels)}, of {sizes[0]} to {sizes[-1]} training rows"})
-    lengths = sorted(run.encoded.lengths)
-    pairs(
-        {
-            "tokens": f"{lengths[len(lengths) // 2]} a row in the middle, {lengths[-1]} at most; "
-            f"{run.encoded.truncated} rows cut off at {run.encoded.max_length}"
-        }
-    )
-    example, tokens, aimed = run.example()
-    heading(f"One training row as the model sees it (line {example.line})")
-    parts = {run.columns[role]: example.row[role] for role in run.columns}
-    pairs({**parts, f"tokens{' ' if 'tokens' in parts else ''}": " ".join(tokens)})
-    if any(aimed):
-        pairs({"supervised": " ".join(token for token, target in zip(tokens, aimed, strict=True) if target)})
-    elif example.label in labels:
-        pairs({"class": f"{labels.index(example.label)}"})
-    options = recipe.training
-    steps = -(-len(run.rows["train"].features) // options.batch_size)
-    heading("Plan")
-    pairs(
-        {
-            "epochs": f"{options.epochs} of {steps} steps, {options.batch_size} rows a step",
-            "learning rate": f"{options.learning_rate:g} at its peak",
-            "precision": run.precision + (" (trained weights stay fp32)" if run.precision != "fp32" else ""),
-            "optimizer": f"{options.optimizer}, {options.schedule} schedule",
-            "kept": f"the weights with the best {options.best} on the validation rows, read every "
-            f"{options.evaluate_every:g} {options.evaluate_unit}"
-            + (f"; ends after {options.patience} readings without a better one" if options.patience else ""),
-            "output": run.output,
-        }
-    )
-
-
-def short(method: dict[str, Any]) -> dict[str, Any]:
-    """The method's options that say something, without long lists."""
-    said = {k: v for k, v in method.items() if v is not False and v != 0.0 and not (k == "init_lora_weights" and v is True)}
-    return {k: (f"({len(v)} names)" if isinstance(v, list) and len(v) > 6 else v) for k, v in said.items() if v != "none"}
-
-
-def frozen_layers(model: Any) -> int:
-    """Modules with weights of their own that nothing trains."""
-    adapters = model.adapters
-    injected = adapters.injected["default"]
-    touched = {key.split("#")[0] for key in injected.adapted} | set(injected.saved)
-    weighty = [p for p, m in adapters.map.modules.items() if any(w is not None for w in m._parameters.values())]
-    return sum(p not in touched and not any(p.startswith(f"{s}.") for s in injected.saved) for p in weighty)
 
 
 def show_line(line: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ def make(row: Mapping[str, str], line: int | str) -> Example:
 
 
 class SequenceClassification(Task):
-    """What the loop must know of the task."""
+    """One class of several for a text, or for a pair of texts."""
 
     name = "sequence_classification"
     task_type = "SEQ_CLS"

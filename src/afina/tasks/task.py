@@ -156,6 +156,15 @@ class Task(ABC):
         """One answer an example, where an example may have several features."""
         return list(answers)
 
+    @property
+    def settles(self) -> bool:
+        """Whether something is to be chosen on the validation rows once training is over."""
+        return False
+
+    def settle(self, answers: Sequence[Any], examples: Sequence[Example]) -> dict[str, Any]:
+        """What is chosen on the validation rows (a temperature, thresholds), to be added to `learned`; JSON."""
+        return {}
+
     @abstractmethod
     def metrics(self, answers: Sequence[Any], examples: Sequence[Example]) -> dict[str, Any]:
         """Figures as JSON: "rows", "loss", and at least the keys of `figures`."""

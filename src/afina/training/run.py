@@ -51,10 +51,12 @@ def prepare(
     problems: Problems | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    trial: bool = False,
 ) -> Run:
     """Check the recipe, read and split the data, load and adapt the model. Nothing is written.
 
-    `spell` says how an option was typed; `problems` may hold what was found before.
+    `spell` says how an option was typed; `problems` may hold what was found before. A `trial` needs no output folder and
+    cannot be executed.
     Raises ConfigError with everything wrong in the options, DataError with everything wrong in the file.
     """
     problems = problems or Problems("the recipe")
@@ -85,12 +87,11 @@ def prepare(
         precision = choose_precision(recipe.training.precision, device)
     except ConfigError as error:
         problems.add(str(error).replace("precision=", f"{spell('training.precision')}=", 1))
-    if output is None:
+    if output is None and not trial:
         problems.add(f"{spell('output')} is missing: the folder to write the run into, for example runs/first")
-    else:
+    elif output is not None:
         _check_output(output, problems, overwrite=overwrite, resume=resume)
     problems.raise_as(ConfigError)
-    assert output is not None
     assert table is not None
     assert kind is not None
     assert source is not None
@@ -117,7 +118,7 @@ def prepare(
     recipe.training.max_length = encoded.max_length
     _check_truncation(encoded, len(everything), recipe, spell, limit)
     rows = _sides(splits, encoded)
-    return Run(recipe, output, source, task, model, rows, done, columns, encoded, precision, overwrite, resume)
+    return Run(recipe, output or Path(), source, task, model, rows, done, columns, encoded, precision, overwrite, resume)
 
 
 def _divided(table: Any, kind: Any, options: Any, *, columns: dict[str, str], seed: int) -> Divided:
@@ -184,6 +185,7 @@ class Run:
             self.model, self.task, self.rows["train"], self.rows["validation"], options, accelerator, self.output,
             tell=tell, resume=self.resume,
         )  # fmt: skip
+        self._settle(accelerator)
         test = self.rows["test"]
         answers = predict(self.model, self.task, test, options.batch_size * 2, accelerator, exact=True, final=True)
         metrics = self._metrics(fitted, answers)
@@ -196,6 +198,13 @@ class Run:
                 write_report(self.output)
         accelerator.wait_for_everyone()
         return metrics
+
+    def _settle(self, accelerator: Any) -> None:
+        """Let the task choose on the validation rows what it is asked to choose there."""
+        if self.task.settles:
+            rows, size = self.rows["validation"], self.recipe.training.batch_size * 2
+            answers = predict(self.model, self.task, rows, size, accelerator, exact=True)
+            self.task.learned |= self.task.settle(answers, rows.examples)
 
     # --- what is written
 

@@ -1,0 +1,93 @@
+"""What is about to happen, shown before it does: by `afina train`, and alone by `afina check`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from afina.cli.show import heading, pairs, table
+
+if TYPE_CHECKING:
+    from afina.training.run import Run
+
+__all__ = ["MOST_CLASSES", "show_plan"]
+
+MOST_CLASSES = 8  # columns that fit on a screen
+
+
+def show_plan(run: Run) -> None:
+    """What is about to happen, before it does."""
+    recipe, model = run.recipe, run.model
+    injected = model.adapters.injected["default"]
+    trainable, total = model.get_nb_trainable_parameters()
+    whole = f"{len(injected.saved)} trained whole" + (
+        f" ({', '.join(injected.saved)})" if 0 < len(injected.saved) < 7 else ""
+    )
+    heading("Model")
+    pairs(
+        {
+            "base": f"{recipe.model}, {type(model.get_base_model()).__name__}, {total:,} parameters",
+            "method": " ".join(str(v) if k == "name" else f"{k}={v}" for k, v in short(recipe.method).items()),
+            "layers": f"{len(injected.adapted)} adapted, {whole}, {frozen_layers(model)} frozen (see `afina targets`)",
+            "trained": f"{trainable:,} parameters, {trainable / total:.2%} of all",
+        }
+    )
+    heading("Data")
+    cleaned = run.divided.cleaned
+    pairs(
+        {
+            "file": f"{recipe.data.file}: {cleaned.rows} rows, {cleaned.kept} used",
+            "": "\n".join([*run.divided.notes, *cleaned.lines()] or ["none dropped"]),
+        }
+    )
+    labels = run.task.labels if run.task.kind.labels == "class" else []
+    columns = labels if len(labels) <= MOST_CLASSES else []
+    rows = [[name, len(side.examples), *(run.classes(name)[x] for x in columns)] for name, side in run.rows.items()]
+    table(["rows", "all", *columns], rows, right=["all", *columns])
+    if len(labels) > MOST_CLASSES:
+        sizes = sorted(run.classes("train").values())
+        pairs({"classes": f"{len(labels)}, of {sizes[0]} to {sizes[-1]} training rows"})
+    lengths = sorted(run.encoded.lengths)
+    pairs(
+        {
+            "tokens": f"{lengths[len(lengths) // 2]} a row in the middle, {lengths[-1]} at most; "
+            f"{run.encoded.truncated} rows cut off at {run.encoded.max_length}"
+        }
+    )
+    example, tokens, aimed = run.example()
+    heading(f"One training row as the model sees it (line {example.line})")
+    parts = {run.columns[role]: example.row[role] for role in run.columns}
+    pairs({**parts, f"tokens{' ' if 'tokens' in parts else ''}": " ".join(tokens)})
+    if any(aimed):
+        pairs({"supervised": " ".join(token for token, target in zip(tokens, aimed, strict=True) if target)})
+    elif example.label in labels:
+        pairs({"class": f"{labels.index(example.label)}"})
+    options = recipe.training
+    steps = -(-len(run.rows["train"].features) // options.batch_size)
+    heading("Plan")
+    pairs(
+        {
+            "epochs": f"{options.epochs} of {steps} steps, {options.batch_size} rows a step",
+            "learning rate": f"{options.learning_rate:g} at its peak",
+            "precision": run.precision + (" (trained weights stay fp32)" if run.precision != "fp32" else ""),
+            "optimizer": f"{options.optimizer}, {options.schedule} schedule",
+            "kept": f"the weights with the best {options.best} on the validation rows, read every "
+            f"{options.evaluate_every:g} {options.evaluate_unit}"
+            + (f"; ends after {options.patience} readings without a better one" if options.patience else ""),
+            **({"output": run.output} if run.output.name else {}),
+        }
+    )
+
+
+def short(method: dict[str, Any]) -> dict[str, Any]:
+    """The method's options that say something, without long lists."""
+    said = {k: v for k, v in method.items() if v is not False and v != 0.0 and not (k == "init_lora_weights" and v is True)}
+    return {k: (f"({len(v)} names)" if isinstance(v, list) and len(v) > 6 else v) for k, v in said.items() if v != "none"}
+
+
+def frozen_layers(model: Any) -> int:
+    """Modules with weights of their own that nothing trains."""
+    adapters = model.adapters
+    injected = adapters.injected["default"]
+    touched = {key.split("#")[0] for key in injected.adapted} | set(injected.saved)
+    weighty = [p for p, m in adapters.map.modules.items() if any(w is not None for w in m._parameters.values())]
+    return sum(p not in touched and not any(p.startswith(f"{s}.") for s in injected.saved) for p in weighty)
