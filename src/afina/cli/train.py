@@ -50,6 +50,7 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in --output, with its recipe.")
     ] = False,
+    silent: Annotated[bool, typer.Option("--quiet", help="Show no progress of the training.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show everything, and stop before training.")] = False,
 ) -> None:
     """Tune a model on a file, test it on rows it never saw, and save it.
@@ -60,6 +61,7 @@ def train(
     started = time.perf_counter()
     quiet()
     from afina.errors import Problems, StoppedError
+    from afina.training.progress import Progress
     from afina.training.run import prepare
 
     problems = Problems("afina train")
@@ -79,7 +81,8 @@ def train(
     if speaks:
         heading("Training")
     try:
-        metrics = run.execute(show_line)
+        with Progress(run.task.figures, quiet=silent) as progress:
+            metrics = run.execute(progress)
     except StoppedError as stop:
         if speaks:
             again = shlex.join(["afina", "train", "--resume", "--output", str(output)])
@@ -87,21 +90,6 @@ def train(
         raise typer.Exit(128 + stop.signal) from None
     if speaks:
         show_outcome(run, metrics, time.perf_counter() - started)
-
-
-def show_line(line: dict[str, Any]) -> None:
-    """One line for each epoch; steps are in log.jsonl."""
-    out = console()
-    if "validation_loss" not in line:
-        if out.is_terminal:
-            print(f"  step {line['step']} of {line['of']}  loss {line['loss']:.3f}", end="\r", flush=True)
-        return
-    out.print(
-        f"  epoch {line['epoch']}  loss {line['train_loss']:.3f}   validation: "
-        + "  ".join(f"{k[11:].replace('_', ' ')} {v:.3f}" for k, v in line.items() if k.startswith("validation_"))
-        + f"   {line['seconds']:.0f} s"
-        + ("  best so far" if line["best"] else "")
-    )
 
 
 def show_outcome(run: Run, metrics: dict[str, Any], seconds: float) -> None:

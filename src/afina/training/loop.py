@@ -166,7 +166,7 @@ def fit(
             result.steps += 1
             since_loss, since_targets = since_loss + float(loss) * targets, since_targets + targets
             log(epoch=epoch + 1, step=result.steps, of=total_steps, loss=float(loss), gradient_norm=float(norm),
-                learning_rate=rate, targets=targets)  # fmt: skip
+                learning_rate=rate, targets=targets, tokens=result.tokens)  # fmt: skip
             if result.steps == min(_PATIENCE, total_steps):
                 _stop_unless_moved(watched, before)
 

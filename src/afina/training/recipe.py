@@ -21,6 +21,7 @@ from afina.data.options import DataOptions
 from afina.errors import ConfigError, Problems, did_you_mean
 from afina.tasks.catalogue import find_task, task_options
 from afina.training.optimizers import OPTIMIZERS, SCHEDULES
+from afina.training.trackers import check_trackers
 
 __all__ = ["DEFAULT_TASK", "DataOptions", "Recipe", "TrainingOptions", "parse_value", "read_recipe"]
 
@@ -66,6 +67,7 @@ class TrainingOptions:
     checkpoint_every: int = option(0, "steps between checkpoints; 0: one at each evaluation alone", low=0)
     keep_checkpoints: int = option(1, "last checkpoints that are kept, beside the best", low=1)
     seed: int = option(0, "of the split, the new weights and the order of rows", low=0)
+    trackers: list[str] = option(None, "where figures go too: mlflow, tensorboard, trackio, wandb", factory=list)
 
 
 @dataclasses.dataclass
@@ -83,6 +85,7 @@ class Recipe:
         from afina.core.registry import get_method
 
         _check_all(self, problems, spell, "")
+        check_trackers(self.training.trackers, problems, spell)
         task_type = self._check_task(problems, spell)
         name = str(self.method.get("name", ""))
         try:
@@ -200,12 +203,13 @@ def parse_value(value: Any, hint: Any, *, several: bool = False) -> Any:
     union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
     kinds = typing.get_args(hint) if union else (hint,)
     if isinstance(value, str) and str not in kinds:
-        value = _from_text(value, several)
+        value = _from_text(value, several or any(typing.get_origin(kind) is list for kind in kinds))
     if value is None and type(None) in kinds:
         return None
     if Any in kinds:
         return value
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a table {name: value}"}
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a table {name: value}",
+             list: "a list"}  # fmt: skip
     for kind in kinds:
         plain = typing.get_origin(kind) or kind
         if plain is float and isinstance(value, int | float) and not isinstance(value, bool):

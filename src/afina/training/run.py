@@ -30,10 +30,12 @@ from afina.model import PeftModel
 from afina.report.html import REPORT, write_report
 from afina.tasks.catalogue import find_task, task_from_settings, tasks
 from afina.tasks.task import Encoded, Rows, Task
+from afina.training import checkpoints
 from afina.training.loop import Fitted, fit, make_accelerator, predict
 from afina.training.models import ModelSource, find_model, load_config, load_tokenizer
 from afina.training.precision import choose_precision
 from afina.training.recipe import Recipe
+from afina.training.trackers import Trackers
 
 __all__ = ["Run", "prepare", "write_csv"]
 
@@ -181,14 +183,24 @@ class Run:
         accelerator.wait_for_everyone()
         options = self.recipe.training
         self.model.to(accelerator.device)
-        fitted = fit(
-            self.model, self.task, self.rows["train"], self.rows["validation"], options, accelerator, self.output,
-            tell=tell, resume=self.resume,
-        )  # fmt: skip
-        self._settle(accelerator)
-        test = self.rows["test"]
-        answers = predict(self.model, self.task, test, options.batch_size * 2, accelerator, exact=True, final=True)
-        metrics = self._metrics(fitted, answers)
+        last = checkpoints.latest(self.output / "checkpoints") if self.resume else None
+        step = int(last.name.partition("-")[2]) if last else 0
+        names = options.trackers if accelerator.is_main_process else []
+        with Trackers(names, self.output, asdict(self.recipe), step) as trackers:
+
+            def told(line: dict[str, Any]) -> None:
+                trackers(line)
+                tell(line)
+
+            fitted = fit(
+                self.model, self.task, self.rows["train"], self.rows["validation"], options, accelerator, self.output,
+                tell=told, resume=self.resume,
+            )  # fmt: skip
+            self._settle(accelerator)
+            test = self.rows["test"]
+            answers = predict(self.model, self.task, test, options.batch_size * 2, accelerator, exact=True, final=True)
+            metrics = self._metrics(fitted, answers)
+            trackers.tested(metrics["test"])
         if accelerator.is_main_process:
             self._write_predictions(answers)
             self.model.save_pretrained(self.output / ADAPTER, tokenizer=self.task.tokenizer)
@@ -212,7 +224,7 @@ class Run:
         if self.overwrite and not self.resume and (self.output / RECIPE).is_file():
             for name in (RECIPE, METRICS, PREDICTIONS, REPORT, "log.jsonl"):
                 (self.output / name).unlink(missing_ok=True)
-            for name in (ADAPTER, DATA, "checkpoints"):
+            for name in (ADAPTER, DATA, "checkpoints", "tensorboard"):
                 shutil.rmtree(self.output / name, ignore_errors=True)
         (self.output / DATA).mkdir(parents=True, exist_ok=True)
         for name, rows in self.rows.items():
