@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from afina.core.config import option
 from afina.data.example import Column, Example, Kind
 from afina.errors import DataError
 from afina.tasks.baselines import majority, word_counts
 from afina.tasks.batches import pad_right
+from afina.tasks.calibration import compared, fit_temperature
 from afina.tasks.loading import load_base
 from afina.tasks.metrics import classification_metrics
 from afina.tasks.task import Batch, Encoded, Feature, Figure, Rows, Task
 
-__all__ = ["SequenceClassification"]
+__all__ = ["ClassificationOptions", "SequenceClassification"]
+
+
+@dataclasses.dataclass
+class ClassificationOptions:
+    """What is done with probabilities."""
+
+    calibrate: bool = option(False, "scale probabilities by a temperature chosen on the validation rows")
 
 
 def make(row: Mapping[str, str], line: int | str) -> Example:
@@ -46,6 +56,8 @@ class SequenceClassification(Task):
         "accuracy": Figure("accuracy", ".1%"),
         "loss": Figure("loss", better=-1),
     }
+    Options: ClassVar[type] = ClassificationOptions
+    options: Any
 
     @classmethod
     def learn(cls, train: Sequence[Example], others: Sequence[Example]) -> dict[str, Any]:
@@ -124,11 +136,33 @@ class SequenceClassification(Task):
 
     def answers(self, model: Any, batch: Batch) -> list[Any]:
         """Probabilities `[classes]` of each row, float64."""
-        return list(torch.softmax(self.logits(model, batch).double(), dim=-1).cpu().numpy())
+        return list(self.outputs(model, batch).cpu().numpy())
+
+    @property
+    def temperature(self) -> float:
+        """What scores are divided by before they become probabilities; see `calibration.py`."""
+        return float(self.learned.get("temperature", 1.0))
+
+    def outputs(self, model: Any, batch: Batch) -> torch.Tensor:
+        """Probabilities `[rows, classes]`, float64."""
+        return torch.softmax(self.logits(model, batch).double() / self.temperature, dim=-1)
+
+    @property
+    def settles(self) -> bool:
+        """Whether a temperature is asked for."""
+        return bool(self.options.calibrate)
+
+    def settle(self, answers: Sequence[Any], examples: Sequence[Example]) -> dict[str, Any]:
+        """The temperature."""
+        return {"temperature": fit_temperature(np.stack(answers), np.asarray(self._targets(examples)))}
 
     def metrics(self, answers: Sequence[Any], examples: Sequence[Example]) -> dict[str, Any]:
         """See `classification_metrics`."""
-        return classification_metrics(np.stack(answers), self._targets(examples), self.labels)
+        probabilities, targets = np.stack(answers), self._targets(examples)
+        made = classification_metrics(probabilities, targets, self.labels)
+        if "temperature" in self.learned:
+            made["calibration"] = compared(probabilities, np.asarray(targets), self.temperature)
+        return made
 
     def _targets(self, examples: Sequence[Example]) -> list[int]:
         number = {label: i for i, label in enumerate(self.labels)}
