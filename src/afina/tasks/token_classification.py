@@ -221,7 +221,7 @@ class TokenClassification(Task):
 
     def answers(self, model: Any, batch: Batch) -> list[Any]:
         """Of each row the numbers of the words that were read, and their probabilities `[words, tags]`."""
-        made = torch.softmax(self.logits(model, batch).double(), dim=-1).float().cpu().numpy()
+        made = torch.softmax(self.logits(model, batch).double(), dim=-1).float().detach().cpu().numpy()
         words = batch["words"].cpu().numpy()
         return [(row[row >= 0].tolist(), p[row >= 0]) for row, p in zip(words, made, strict=True)]
 
