@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from tasks_made import answered, asked, made, reread, sentences, trained
+from tiny_bases import save_bert
 
 from afina.tasks.calibration import as_two_classes, calibration_error, compared, fit_temperature, tempered
 
@@ -78,3 +81,28 @@ def test_yes_and_no_are_two_classes():
     assert as_two_classes(yes).tolist() == [[0.8, 0.2], [pytest.approx(0.1), 0.9]]
     scores = np.log(yes / (1 - yes))
     assert tempered(as_two_classes(yes), 3.0)[:, 1] == pytest.approx(1 / (1 + np.exp(-scores / 3)))
+
+
+def test_a_classifier_keeps_its_temperature_and_its_answers(tmp_path):
+    base = save_bert(tmp_path / "base")
+    rows = [{"text": text, "label": inside[0]} for text, inside in sentences(61)]
+    for i in range(0, 61, 5):
+        rows[i]["label"] = rows[i - 1]["label"]  # some are wrong, so that the model is surer than it is right
+    task, model, encoded = made("sequence_classification", base, rows, calibrate=True)
+    trained(task, model, encoded, tmp_path / "run", epochs=6)
+    before = np.stack(answered(task, model, encoded))
+    assert task.settles
+    task.learned |= task.settle(before, encoded.examples)
+    assert task.temperature != 1.0
+    after = np.stack(answered(task, model, encoded))
+    assert (before.argsort(axis=1) == after.argsort(axis=1)).all()
+    assert after == pytest.approx(tempered(before, task.temperature))
+    figures = task.metrics(after, encoded.examples)
+    assert figures["calibration"]["after"]["loss"] == pytest.approx(figures["loss"])
+    assert figures["calibration"]["before"]["loss"] > figures["loss"]
+    again = reread(task, base)
+    assert np.array_equal(asked(again, model, encoded.features[:5]), asked(task, model, encoded.features[:5]))
+    with torch.no_grad():  # what is compared when the adapter is read back is what is answered
+        compared_there = task.outputs(model, task.collate(encoded.features[:5]))
+    assert np.array_equal(compared_there.numpy(), np.stack(asked(task, model, encoded.features[:5])))
+    assert not made("sequence_classification", base, rows)[0].settles

@@ -12,6 +12,8 @@ from afina.cli.show import console, quiet, table
 
 __all__ = ["predict"]
 
+_SHOWN = 60  # characters of one word in the table
+
 
 def predict(
     run: Annotated[Path, typer.Argument(help="Folder of a run, --output of `afina train`.")],
@@ -22,7 +24,7 @@ def predict(
     data: Annotated[Path | None, typer.Option(help="File of texts: CSV, TSV, JSON, JSON Lines, Parquet.")] = None,
     column: Annotated[str | None, typer.Option(help="Column of the text (default: as in training)")] = None,
     pair_column: Annotated[str | None, typer.Option(help="Column of the second text (default: as in training)")] = None,
-    output: Annotated[Path | None, typer.Option(help="CSV file to write: --data with the answers.")] = None,
+    output: Annotated[Path | None, typer.Option(help="CSV file to write: --data with the answers; or .npz, for vectors.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a text.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
 ) -> None:
@@ -61,8 +63,9 @@ def predict(
         problems.raise_as(ConfigError)
         rows = [{role: row[name] for role, name in asked.items()} for row in read.rows]
     else:
-        pairs = text_pair or [""] * len(text or [])
-        rows = [{"text": one, "text_pair": other} for one, other in zip(text or [], pairs, strict=True)]
+        rows = [{"text": one} for one in text or []]
+        for row, other in zip(rows, text_pair or [], strict=False):
+            row["text_pair"] = other
         if "text_pair" in asked and not text_pair and trained.task.kind.columns["text_pair"].required:
             raise ConfigError(f"--text-pair is missing: {trained.task.kind.columns['text_pair'].help}")
     examples = trained.examples(rows, read.lines if read else ())
@@ -73,7 +76,20 @@ def predict(
     said = [next(answers) if e.text.strip() else None for e in examples]
     columns = [trained.task.columns(a, e) if a is not None else {} for a, e in zip(said, examples, strict=True)]
     titles = list(dict.fromkeys(title for made in columns for title in made))
-    if output is not None:
+    if output is not None and output.suffix == ".npz":
+        import numpy as np
+
+        from afina.core.files import write_atomically
+
+        arrays = trained.task.arrays(said)
+        output.parent.mkdir(parents=True, exist_ok=True)
+
+        def write(beside: Path) -> None:
+            with beside.open("wb") as file:
+                np.savez(file, **arrays)
+
+        write_atomically(output, write)
+    elif output is not None:
         from afina.training.run import write_csv
 
         lines = [[*row.values(), *(made.get(t, "") for t in titles)] for row, made in zip(read.rows, columns, strict=True)]
@@ -86,7 +102,7 @@ def predict(
             made = trained.task.respond(answer, example) if answer is not None else nothing
             print(json.dumps({**(inputs or {"text": ""}), **made}, ensure_ascii=False))
     elif output is None:
-        shown = [[_short(made.get(t, "" if i else "(empty)")) for i, t in enumerate(titles)] for made in columns]
+        shown = [[_short(t, made.get(t, "" if i else "(empty)")) for i, t in enumerate(titles)] for made in columns]
         named = [t[2:-1] if t.startswith("p(") else t for t in titles]
         table([*named, "text"], [[*s, row["text"]] for s, row in zip(shown, rows, strict=True)], right=named[1:])
     if output is not None:
@@ -98,9 +114,8 @@ def predict(
         console(stderr=True).print(f"{len(examples) - len(full)} empty texts were not answered", markup=False)
 
 
-def _short(value: str) -> str:
-    """A probability as a person reads it; anything else as it is."""
-    try:
-        return f"{float(value):.1%}" if "." in value and 0 <= float(value) <= 1 else value
-    except ValueError:
-        return value
+def _short(title: str, value: str) -> str:
+    """A probability as a person reads it, the beginning of one word that fills the screen; anything else as it is."""
+    if title.startswith("p(") and value:
+        return f"{float(value):.1%}"
+    return value if len(value) <= _SHOWN or " " in value else f"{value[:_SHOWN]}…"

@@ -12,7 +12,6 @@ A text by itself is answered with its vector.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -143,6 +142,10 @@ class SentenceSimilarity(Task):
         auto = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
         return load_base(auto, path, self.tokenizer, heads=())
 
+    def idle(self, model: Any) -> list[str]:
+        """What BERT and its like compute of the first token for the next sentence."""
+        return ["pooler"] if isinstance(getattr(model, "pooler", None), torch.nn.Module) else []
+
     # --- rows
 
     def encode(self, examples: Sequence[Example], max_length: int | None, limit: int) -> Encoded:
@@ -156,10 +159,11 @@ class SentenceSimilarity(Task):
         if empty := [text for text, row in zip(texts, made, strict=True) if not row]:
             raise DataError(f"{len(empty)} texts have no token at all, for example {empty[0]!r}")
         features: list[Feature] = []
+        numbers = _numbers(examples)
         place = cut = 0
         for i, example in enumerate(examples):
             first, second = example.value or (example.text, None)
-            feature: Feature = {"input_ids": list(made[place]), "row": i, "texts": _numbers(first, second)}
+            feature: Feature = {"input_ids": list(made[place]), "row": i, "texts": numbers[i]}
             if second is not None:
                 feature["pair_ids"] = list(made[place + 1])
             if self.scored and example.label:
@@ -258,7 +262,7 @@ class SentenceSimilarity(Task):
         for start in range(pools):
             pool = slice(start, None, pools)
             first, second = torch.from_numpy(vectors(pool)).unbind(dim=1)
-            texts = torch.tensor([_numbers(*e.value) for e in examples[pool]])
+            texts = torch.tensor(_numbers(examples[pool]))
             losses += ranking_losses(first, second, texts, self.options.temperature).tolist()
             places += ranks(first, second, texts).tolist()
         found = np.asarray(places)
@@ -288,7 +292,7 @@ class SentenceSimilarity(Task):
     def columns(self, answer: Any, example: Example) -> dict[str, str]:
         """The score or the cosine of a pair; of a text by itself, its vector as JSON."""
         return {
-            "answer" if i == 0 else key: json.dumps(value) if isinstance(value, list) else f"{value:.6f}"
+            "answer" if i == 0 else key: json.dumps(value, separators=(",", ":")) if isinstance(value, list) else f"{value:.6f}"
             for i, (key, value) in enumerate(self.respond(answer, example).items())
         }
 
@@ -302,16 +306,25 @@ class SentenceSimilarity(Task):
         low, high = self._range()
         return {"score": low + cosine * (high - low), "similarity": cosine}
 
+    def arrays(self, answers: Sequence[Any | None]) -> dict[str, Any]:
+        """`text [rows, width]` and, where there are second texts, `text_pair [rows, width]`, float32, of length 1."""
+        width = next(a for a in answers if a is not None).shape[1]
+        made = np.full((2, len(answers), width), np.nan, dtype=np.float32)
+        for i, answer in enumerate(answers):
+            if answer is not None:
+                made[: len(answer), i] = answer
+        return {"text": made[0]} | ({} if np.isnan(made[1]).all() else {"text_pair": made[1]})
+
     def rendered(self, feature: Feature) -> tuple[list[str], list[bool]]:
         """The tokens of both texts."""
         ids = [*feature["input_ids"], *feature.get("pair_ids", [])]
         return self.tokenizer.convert_ids_to_tokens(ids), [False] * len(ids)
 
 
-def _numbers(first: str, second: str | None) -> list[int]:
-    """A number for each text, the same for the same text wherever it stands."""
-    return [_number(first), _number(second or "")]
-
-
-def _number(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(normalised(text).encode(), digest_size=8).digest(), "big", signed=True)
+def _numbers(examples: Sequence[Example]) -> list[list[int]]:
+    """A number for each text of each example, the same for the same text wherever it stands; -1 where there is none."""
+    seen: dict[str, int] = {}
+    return [
+        [-1 if text is None else seen.setdefault(normalised(text), len(seen)) for text in e.value or (e.text, None)]
+        for e in examples
+    ]
