@@ -189,4 +189,8 @@ def test_a_single_label_column_trains_too(base):
     """Files in which every row has one label are read as they stand."""
     task, _, encoded = made(NAME, base, [{"text": f"w{i} late", "label": "ab"[i % 2]} for i in range(9)])
     assert task.labels == ["a", "b"]
+    assert task.encode(encoded.examples, None, 61).notes == []
+    several = examples_of(NAME, [{"text": "w1", "label": "a;b"}, {"text": "w2", "label": "[]"}])
+    notes = task.encode(several, None, 61).notes
+    assert notes == ["labels are separated by semicolons", "1 row without any label, which is an answer too"]
     assert encoded.features[1]["label"] == [0.0, 1.0]

@@ -24,7 +24,7 @@ def predict(
     data: Annotated[Path | None, typer.Option(help="File of texts: CSV, TSV, JSON, JSON Lines, Parquet.")] = None,
     column: Annotated[str | None, typer.Option(help="Column of the text (default: as in training)")] = None,
     pair_column: Annotated[str | None, typer.Option(help="Column of the second text (default: as in training)")] = None,
-    output: Annotated[Path | None, typer.Option(help="CSV file to write: --data with the answers; or .npz, for vectors.")] = None,
+    output: Annotated[Path | None, typer.Option(help="File to write: CSV, --data with the answers; .npz, vectors.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a text.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
 ) -> None:

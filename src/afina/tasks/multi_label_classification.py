@@ -132,6 +132,9 @@ class MultiLabelClassification(SequenceClassification):
         for feature in encoded.features:
             if label := examples[feature["row"]].label:
                 feature["label"] = self._target(label)
+        encoded.notes.extend(f"labels are separated by {SEPARATORS[mark]}" for mark in _separators(examples))
+        if none := sum(e.label == NONE for e in examples):
+            encoded.notes.append(f"{none} row{'s' if none > 1 else ''} without any label, which is an answer too")
         return encoded
 
     def _target(self, label: str) -> list[float]:
@@ -249,8 +252,8 @@ def best_threshold(probabilities: np.ndarray, truth: np.ndarray) -> float:
     return float((ranked[best] + (ranked[best + 1] if best + 1 < len(ranked) else 0.0)) / 2)
 
 
-def _check_separator(examples: Sequence[Example]) -> None:
-    """Raises DataError where rows of one file have different separators, naming a row of each."""
+def _separators(examples: Sequence[Example]) -> dict[str, Example]:
+    """What stands between labels, and the first row in which it does."""
     first: dict[str, Example] = {}
     for example in examples:
         cell = (example.row).get("label", "")
@@ -258,6 +261,12 @@ def _check_separator(examples: Sequence[Example]) -> None:
             for mark in SEPARATORS:
                 if mark in cell:
                     first.setdefault(mark, example)
+    return first
+
+
+def _check_separator(examples: Sequence[Example]) -> None:
+    """Raises DataError where rows of one file have different separators, naming a row of each."""
+    first = _separators(examples)
     problems = Problems("the labels of a row are separated in different ways")
     if len(first) > 1:
         for mark, example in first.items():

@@ -162,7 +162,7 @@ class SentenceSimilarity(Task):
         numbers = _numbers(examples)
         place = cut = 0
         for i, example in enumerate(examples):
-            first, second = example.value or (example.text, None)
+            second = example.value[1] if example.value else None
             feature: Feature = {"input_ids": list(made[place]), "row": i, "texts": numbers[i]}
             if second is not None:
                 feature["pair_ids"] = list(made[place + 1])
@@ -291,10 +291,11 @@ class SentenceSimilarity(Task):
 
     def columns(self, answer: Any, example: Example) -> dict[str, str]:
         """The score or the cosine of a pair; of a text by itself, its vector as JSON."""
-        return {
-            "answer" if i == 0 else key: json.dumps(value, separators=(",", ":")) if isinstance(value, list) else f"{value:.6f}"
-            for i, (key, value) in enumerate(self.respond(answer, example).items())
+        made = {
+            key: json.dumps(value, separators=(",", ":")) if isinstance(value, list) else f"{value:.6f}"
+            for key, value in self.respond(answer, example).items()
         }
+        return {"answer": made.pop(next(iter(made))), **made}
 
     def respond(self, answer: Any, example: Example) -> dict[str, Any]:
         """As `columns`: `score` in the unit of the file and `similarity`, the cosine; or `vector`."""
