@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from tables import cut
 
 from afina.data.clean import normalised
-from afina.data.divide import divided
 from afina.data.read import read_table
 from afina.data.similar import near_duplicates
 
 SMS = Path(__file__).parents[3] / "shared" / "data" / "sms_spam"
-SHARES = {"validation": 0.1, "test": 0.2}
+SMS_COLUMNS = {"text": "2", "label": "1"}
 
 
 def pieces(text):
@@ -39,9 +39,9 @@ def test_near_duplicates_are_those_of_all_pairs():
 @pytest.mark.skipif(not SMS.is_dir(), reason="../shared/data/sms_spam is absent")
 def test_t27_real_messages_have_duplicates_and_no_leak(tmp_path):
     table = read_table(SMS / "SMSSpamCollection", {"1", "2"})
-    done = divided(table, "2", "1", **SHARES, seed=1)
+    done = cut(table, columns=SMS_COLUMNS, seed=1)
     assert len(done.cleaned.duplicates) > 400
-    assert divided(table, "2", "1", **SHARES, seed=1).sides == done.sides
+    assert cut(table, columns=SMS_COLUMNS, seed=1).sides == done.sides
     side_of = {i: side for side, rows in done.sides.items() for i in rows}
     assert sorted(side_of) == list(range(len(done.examples)))
     for group in near_duplicates([normalised(e.text) for e in done.examples]):
@@ -54,7 +54,7 @@ def test_t27_of_copies_on_given_sides_the_test_row_stays(tmp_path):
         rows = [f"{name} says the number {i},{'ab'[i % 2]}" for i in range(7)]
         rows += ["THE very same text,a", f"nearly the same rather long text of a message{name[1]},b"]
         (tmp_path / f"{name}.csv").write_text("\n".join(["t,l", *rows]))
-    done = divided(read_table(tmp_path), "t", "l", **SHARES, seed=0)
+    done = cut(read_table(tmp_path))
     texts = {name: [normalised(done.examples[i].text) for i in rows] for name, rows in done.sides.items()}
     assert "the very same text" in texts["test"]
     assert not {"the very same text"} & {*texts["train"], *texts["validation"]}
@@ -83,7 +83,7 @@ def test_prepare_writes_what_it_says_and_reads_it_back_unchanged(tmp_path, capsy
     assert {side: len(lines) for side, lines in sides.items()} == {n: s["rows"] for n, s in report["splits"].items()}
     table = read_table(output)
     assert (table.text, table.label, table.columns) == ("message", "label", ["id", "message", "label"])
-    again = divided(table, "message", "label", **SHARES, seed=5)
+    again = cut(table, columns={"text": "message", "label": "label"}, seed=5)
     for side, lines in sides.items():
         written = [(row["message"], row["label"]) for row in map(json.loads, lines)]
         assert [(again.examples[i].text, again.examples[i].label) for i in again.sides[side]] == written

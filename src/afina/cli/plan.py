@@ -36,7 +36,7 @@ def show_plan(run: Run) -> None:
     pairs(
         {
             "file": f"{recipe.data.file}: {cleaned.rows} rows, {cleaned.kept} used",
-            "": "\n".join([*run.divided.notes, *cleaned.lines()] or ["none dropped"]),
+            "": "\n".join(run.divided.lines() or ["none dropped"]),
         }
     )
     labels = run.task.labels if run.task.kind.labels == "class" else []

@@ -3,76 +3,157 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from afina.cli.show import heading, pairs, table
+from afina.cli.assignments import assemble, typed_as
+from afina.cli.show import heading, pairs, quiet, table
+
+if TYPE_CHECKING:
+    from afina.data.divide import Divided
+    from afina.errors import Problems
+    from afina.training.recipe import Recipe
 
 __all__ = ["prepare"]
 
+MOST_CLASSES = 8  # columns that fit on a screen
+
 
 def prepare(
-    data: Annotated[str, typer.Option(help="CSV, TSV, JSON, JSON Lines or Parquet file, or a folder.")],
-    output: Annotated[Path, typer.Option(help="Folder to write train, validation and test rows and the report into.")],
-    text: Annotated[str, typer.Option(help="Column of the text; its number where there is no header.")] = "",
-    label: Annotated[str, typer.Option(help="Column of the label.")] = "",
-    validation: Annotated[float, typer.Option(help="Share of rows that choose the best epoch.", min=0.01, max=0.5)] = 0.1,
-    test: Annotated[float, typer.Option(help="Share of rows that are read once, at the end.", min=0.01, max=0.5)] = 0.2,
-    seed: Annotated[int, typer.Option(help="Of the split: the same seed gives the same rows.", min=0)] = 0,
-    header: Annotated[bool, typer.Option("--header/--no-header", help="Is the first row of a CSV its header?")] = True,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RECIPE.yaml] [KEY=VALUE]...", help="A recipe, and keys of its data section."),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="CSV, TSV, JSON, JSON Lines or Parquet file, or a folder.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write train, validation and test rows and the report into.")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="Column of the text; its number where there is no header.")] = None,
+    text_pair: Annotated[str | None, typer.Option(help="Column of a second text, where the task has one.")] = None,
+    label: Annotated[str | None, typer.Option(help="Column of the label.")] = None,
+    task: Annotated[str | None, typer.Option(help="See `afina tasks` (default: sequence_classification)")] = None,
+    validation: Annotated[float | None, typer.Option(help="Share of rows that choose the best epoch.")] = None,
+    test: Annotated[float | None, typer.Option(help="Share of rows that are read once, at the end.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the split: the same seed gives the same rows.")] = None,
+    header: Annotated[
+        bool | None, typer.Option("--header/--no-header", help="Is the first row of a CSV its header?")
+    ] = None,
 ) -> None:
-    """Clean and split a file of labelled texts, and report what was found.
+    """Clean and split a file of examples, and report what was found.
 
     afina prepare --data messages.csv --text message --label label --output prepared
     """
+    chosen = {"data": data, "text": text, "text_pair": text_pair, "label": label, "task": task, "seed": seed}
+    quiet()
+    from afina.data.columns import chosen_columns
+    from afina.data.divide import divided
+    from afina.data.sources import read_rows
+    from afina.errors import ConfigError, DataError, MissingDependencyError, Problems
+    from afina.tasks.catalogue import find_task, tasks
+
+    problems = Problems("afina prepare")
+    words = [*(arguments or []), *_shares(validation, test, header)]
+    recipe = assemble({k: v for k, v in chosen.items() if v is not None}, _about_data(words, problems), problems)
+    _check(recipe, output, problems)
+    rows, columns = None, dict[str, str]()
+    kind = find_task(recipe.task["name"]).kind if recipe.task.get("name") in tasks() else None
+    if kind is not None and recipe.data.file:
+        try:
+            rows = read_rows(recipe.data, kind)
+            columns = chosen_columns(rows, kind, recipe.data, problems, typed_as)
+        except (DataError, MissingDependencyError) as error:
+            problems.add(f"{typed_as('data.file')}: {error}")
+    problems.raise_as(ConfigError)
+    assert output is not None
+    assert rows is not None
+    assert kind is not None
+    done = divided(rows, kind, recipe.data, columns=columns, seed=recipe.training.seed)
+    output.mkdir(parents=True, exist_ok=True)
+    for side, chosen_rows in done.sides.items():
+        _write_rows(output / f"{side}.jsonl", [_row(rows.rows[done.rows[i]], done, i, columns) for i in chosen_rows])
+    _write_report(recipe, output, done, columns)
+    _show(recipe, output, done)
+
+
+def _shares(validation: float | None, test: float | None, header: bool | None) -> list[str]:
+    given = {"validation": validation, "test": test, "header": header}
+    return [f"data.{key}={value}" for key, value in given.items() if value is not None]
+
+
+def _about_data(words: list[str], problems: Problems) -> list[str]:
+    """Words that say something of the data; all others would do nothing here, and are told."""
+    kept = []
+    for word in words:
+        place, equals, _ = word.partition("=")
+        if equals and not place.strip().startswith(("data.", "task.", "training.seed")):
+            problems.add(f"{word!r}: here a key of the recipe is one of its data, for example data.clean.duplicates=false")
+        else:
+            kept.append(word)
+    return kept
+
+
+def _check(recipe: Recipe, output: Path | None, problems: Problems) -> None:
+    from afina.core.config import check_limits
+    from afina.errors import ConfigError
+    from afina.tasks.catalogue import find_task
+
+    check_limits(recipe.data, problems, lambda name: typed_as(f"data.{name}"))
+    check_limits(recipe.data.clean, problems, lambda name: typed_as(f"data.clean.{name}"))
+    try:
+        find_task(str(recipe.task.get("name", "")))
+    except ConfigError as error:
+        problems.add(f"{typed_as('task.name')}: {error}")
+    if not recipe.data.file:
+        problems.add(f"{typed_as('data.file')} is missing: the file or folder of the rows")
+    if output is None:
+        problems.add("--output is missing: the folder to write into, for example prepared")
+    elif output.is_file() or (output.is_dir() and any(output.iterdir())):
+        problems.add(f"--output {output} exists and is not empty; take another folder")
+
+
+def _row(source: dict[str, str], done: Divided, i: int, columns: dict[str, str]) -> dict[str, str]:
+    """All columns of a row, with what was repaired in those that are used."""
+    row = done.examples[i].row
+    return {**source, **{column: row[role] for role, column in columns.items()}}
+
+
+def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
     import json
 
     from afina.core.files import write_atomically
-    from afina.data.divide import divided
-    from afina.data.read import REPORT, read_table
-    from afina.errors import ConfigError, DataError, MissingDependencyError, Problems
 
-    problems = Problems("afina prepare")
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        problems.add(f"--output {output} exists and is not empty; take another folder")
-    rows = None
-    try:
-        rows = read_table(data, {text, label} - {""}, header=header)
-    except (DataError, MissingDependencyError) as error:
-        problems.add(f"--data: {error}")
-    if rows is not None:
-        text, label = text or rows.text, label or rows.label
-        for option, column in (("--text", text), ("--label", label)):
-            if not column:
-                problems.add(f"{option} is missing: one of the columns {', '.join(rows.columns)}")
-            elif missing := rows.missing(column):
-                problems.add(f"{option}: {missing}")
-        if text and text == label:
-            problems.add(f"--text and --label are both {text!r}")
-    problems.raise_as(ConfigError)
-    assert rows is not None
-    done = divided(rows, text, label, validation=validation, test=test, seed=seed)
-    source = dict(zip(rows.lines, rows.rows, strict=True))
-    output.mkdir(parents=True, exist_ok=True)
-    for side, chosen in done.sides.items():
-        examples = [done.examples[i] for i in chosen]
-        lines = [json.dumps({**source[e.line], text: e.text, label: e.label}, ensure_ascii=False) for e in examples]
-        content = "\n".join(lines) + "\n"
-        write_atomically(output / f"{side}.jsonl", lambda path, content=content: path.write_text(content, encoding="utf-8"))  # type: ignore[misc]
-    about = {"prepared_by": "afina prepare", "file": data, "text": text, "label": label, "seed": seed, **done.report()}
+    def write(path: Path) -> None:
+        with path.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    write_atomically(path, write)
+
+
+def _write_report(recipe: Recipe, output: Path, done: Divided, columns: dict[str, str]) -> None:
+    import json
+
+    from afina.core.files import write_atomically
+    from afina.data.read import REPORT
+
+    about: dict[str, Any] = {
+        "prepared_by": "afina prepare", "file": recipe.data.file, "task": recipe.task["name"], "columns": columns,
+        "seed": recipe.training.seed, **done.report(),
+    }  # fmt: skip
     written = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
     write_atomically(output / REPORT, lambda path: path.write_text(written, encoding="utf-8"))
+
+
+def _show(recipe: Recipe, output: Path, done: Divided) -> None:
     heading("Data")
-    found = [*done.notes, *done.cleaned.lines()]
-    if done.near:
-        found.append(f"{len(done.near)} groups of nearly equal texts, each kept on one side of the split")
-    if done.leaks:
-        found.append(f"{len(done.leaks)} rows dropped: nearly the same text is on the test or validation side")
-    pairs({"file": f"{data}: {done.cleaned.rows} rows, {done.cleaned.kept} used", "": "\n".join(found or ["none dropped"])})
-    labels = list(done.cleaned.classes)
+    found = "\n".join(done.lines() or ["none dropped"])
+    pairs({"file": f"{recipe.data.file}: {done.cleaned.rows} rows, {done.cleaned.kept} used", "": found})
     splits = done.report()["splits"]
-    table(
-        ["rows", "all", *labels], [[n, s["rows"], *s["classes"].values()] for n, s in splits.items()], right=["all", *labels]
-    )
+    labels = list(done.cleaned.classes)
+    shown = labels if len(labels) <= MOST_CLASSES else []
+    rows = [[name, side["rows"], *(side["classes"][x] for x in shown)] for name, side in splits.items()]
+    table(["rows", "all", *shown], rows, right=["all", *shown])
+    if len(labels) > MOST_CLASSES:
+        sizes = sorted(splits["train"]["classes"].values())
+        pairs({"classes": f"{len(labels)}, of {sizes[0]} to {sizes[-1]} training rows"})
     pairs({"output": output})

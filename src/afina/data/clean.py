@@ -1,29 +1,25 @@
-"""Turns a table into labelled examples, and counts everything that was dropped or repaired on the way.
+"""Drops and repairs examples before they are divided, and counts everything it does.
 
-Done before the split, so that no text is on two sides of it (T27): rows without a text or label are dropped, exact
-duplicates (in all but case and white space) are kept once, and a text that stands under two labels is dropped, since
-nobody can say which is right. Labels that differ in case or white space alone are one class (T29).
+Done before the split, so that no text is on two sides of it (T27): exact duplicates (in all but case and white space) are
+kept once, and a text that stands under two labels is dropped, since nobody can say which is right. Labels that differ in
+case or white space alone are one class (T29). Where one input may have several right answers, all are kept.
 """
 
 from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
-from afina.data.table import Table
-from afina.errors import DataError, Problems, shortened
+from afina.data.example import Example
+from afina.data.options import CleanOptions
+from afina.errors import shortened
 
-__all__ = ["CleanReport", "Example", "clean", "normalised"]
+__all__ = ["CLASSES", "CleanReport", "clean", "count", "names_in", "normalised"]
 
-
-@dataclass(frozen=True)
-class Example:
-    """One labelled text, with the line of the file it came from."""
-
-    text: str
-    label: str
-    line: int | str
+CLASSES = ("class", "classes")  # kinds of labels that are names
+NO_CLASS = "[]"  # how a label of several classes says that none applies
 
 
 @dataclass
@@ -34,6 +30,7 @@ class CleanReport:
     empty_texts: list[int | str] = field(default_factory=list)
     missing_labels: list[int | str] = field(default_factory=list)
     duplicates: list[int | str] = field(default_factory=list)
+    near_dropped: list[int | str] = field(default_factory=list)
     conflicting_labels: list[int | str] = field(default_factory=list)
     repaired_labels: dict[str, str] = field(default_factory=dict)  # as it was written -> as it is read
     kept: int = 0
@@ -46,6 +43,7 @@ class CleanReport:
             (self.empty_texts, "dropped: the text is empty"),
             (self.missing_labels, "dropped: the label is missing"),
             (self.duplicates, "dropped: the same text with the same label is there already"),
+            (self.near_dropped, "dropped: nearly the same text is there already"),
             (self.conflicting_labels, "dropped: the same text stands under different labels"),
         ):
             if lines:
@@ -60,74 +58,73 @@ def normalised(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).split()).casefold()
 
 
-def clean(table: Table, text: str, label: str) -> tuple[list[Example], CleanReport]:
-    """The usable rows of a table, in file order. Raises DataError where there is nothing to learn from them."""
-    report = CleanReport(rows=len(table.rows))
-    examples = []
-    for line, row in zip(table.lines, table.rows, strict=True):
-        if not row[text].strip():
-            report.empty_texts.append(line)
-        elif not row[label].strip():
-            report.missing_labels.append(line)
-        else:
-            examples.append(Example(row[text].strip(), row[label].strip(), line))
-    examples = _one_spelling(examples, report)
-    examples = _without_duplicates(examples, report)
+def clean(examples: Mapping[int, Example], labels: str, options: CleanOptions, report: CleanReport) -> dict[int, Example]:
+    """The examples that are kept, by their number and in the order they come in; what was done is put into `report`."""
+    kept = dict(examples)
+    if options.label_spelling and labels in CLASSES:
+        kept = _one_spelling(kept, labels, report)
+    kept = _without_duplicates(kept, labels, options, report)
+    count(kept.values(), labels, report)
+    return kept
+
+
+def count(examples: Collection[Example], labels: str, report: CleanReport) -> None:
+    """Put how many rows are kept, and of which classes, into the report."""
     report.kept = len(examples)
-    report.classes = dict(sorted(Counter(e.label for e in examples).items()))
-    _check_classes(table, label, examples, report)
-    return examples, report
+    names = Counter(name for e in examples for name in names_in(e.label, labels))
+    report.classes = dict(sorted(names.items()))
 
 
-def _one_spelling(examples: list[Example], report: CleanReport) -> list[Example]:
+def names_in(label: str, labels: str) -> list[str]:
+    """The classes that a label names; none where labels are no classes."""
+    if labels == "class":
+        return [label]
+    names = label.split(",") if labels == "classes" and label != NO_CLASS else []
+    return [name.strip() for name in names if name.strip()]
+
+
+def _one_spelling(examples: dict[int, Example], labels: str, report: CleanReport) -> dict[int, Example]:
     """Give every label the most frequent of its spellings."""
     spellings: dict[str, Counter[str]] = {}
-    for example in examples:
-        spellings.setdefault(normalised(example.label), Counter())[example.label] += 1
+    for example in examples.values():
+        for name in names_in(example.label, labels):
+            spellings.setdefault(normalised(name), Counter())[name] += 1
     chosen = {key: counts.most_common(1)[0][0] for key, counts in spellings.items()}
     report.repaired_labels = {
         written: chosen[key] for key, counts in spellings.items() for written in sorted(counts) if written != chosen[key]
     }
-    return [Example(e.text, chosen[normalised(e.label)], e.line) for e in examples]
+    if not report.repaired_labels:
+        return examples
+    repaired = {}
+    for i, example in examples.items():
+        names = dict.fromkeys(chosen[normalised(name)] for name in names_in(example.label, labels))
+        label = ", ".join(sorted(names)) or example.label
+        row = {**example.row, "label": label} if labels == "class" and "label" in example.row else example.row
+        repaired[i] = replace(example, label=label, row=row)
+    return repaired
 
 
-def _without_duplicates(examples: list[Example], report: CleanReport) -> list[Example]:
-    labels: dict[str, set[str]] = {}
-    for example in examples:
-        labels.setdefault(normalised(example.text), set()).add(example.label)
-    seen: set[str] = set()
-    kept = []
-    for example in examples:
-        key = normalised(example.text)
-        if len(labels[key]) > 1:
+def _without_duplicates(
+    examples: dict[int, Example], labels: str, options: CleanOptions, report: CleanReport
+) -> dict[int, Example]:
+    def answer(example: Example) -> str:
+        if labels == "classes":
+            return ",".join(sorted(names_in(example.label, labels)))
+        return "" if labels == "none" else example.label.strip()
+
+    answers: dict[str, set[str]] = {}
+    keys = {i: normalised(example.text) for i, example in examples.items()}
+    for i, example in examples.items():
+        answers.setdefault(keys[i], set()).add(answer(example))
+    seen: set[tuple[str, str]] = set()
+    kept = {}
+    for i, example in examples.items():
+        key = (keys[i], answer(example))
+        if options.conflicts and labels in CLASSES and len(answers[keys[i]]) > 1:
             report.conflicting_labels.append(example.line)
-        elif key in seen:
+        elif options.duplicates and key in seen:
             report.duplicates.append(example.line)
         else:
             seen.add(key)
-            kept.append(example)
+            kept[i] = example
     return kept
-
-
-def _check_classes(table: Table, label: str, examples: list[Example], report: CleanReport) -> None:
-    dropped = "".join(f"\n  {line}" for line in report.lines())
-    if not examples:
-        raise DataError(f"{table.path} has no row with both a text and a label{dropped}")
-    if len(report.classes) == 1:
-        raise DataError(
-            f"{table.path}: column {label!r} is {examples[0].label!r} in every row; there is nothing to tell apart"
-        )
-    problems = Problems(f"{table.path}, column {label!r}")
-    small = {name: count for name, count in report.classes.items() if count < 3}
-    if len(small) > 8 and len(small) > len(report.classes) / 2:
-        problems.add(
-            f"{len(report.classes)} different values in {len(examples)} rows, most of them rare: is this the label?"
-        )
-    else:
-        for name, count in small.items():
-            lines = shortened(e.line for e in examples if e.label == name)
-            problems.add(
-                f"class {name!r} has {count} row{'s' if count > 1 else ''} (line {lines}); at least 3 are needed, one "
-                "each to train, validate and test. Add rows, or rename or remove the class"
-            )
-    problems.raise_as(DataError)

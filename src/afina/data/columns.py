@@ -34,6 +34,10 @@ def chosen_columns(
         elif name in chosen.values():
             other = next(r for r, n in chosen.items() if n == name)
             problems.add(f"{spell(f'data.{other}')} and {spell(f'data.{role}')} are both {name!r}")
+        elif name in table.nested and not column.structured:
+            problems.add(f"{spell(f'data.{role}')}: {table.path}, {table.nested[name]}; expected a text")
         else:
             chosen[role] = name
+    if kind.check is not None and not problems.found and (wrong := kind.check(chosen)):
+        problems.add(f"{spell('data.label')} is missing: {wrong}; the columns are {', '.join(table.columns)}")
     return chosen

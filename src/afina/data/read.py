@@ -8,7 +8,7 @@ is five times as heavy, and would guess types and headers in silence.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,28 +27,34 @@ ENDINGS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".parquet")
 _WRONG = 5  # rows named in an error
 
 
-def read_table(path: str | Path, wanted: Iterable[str] = (), *, header: bool = True) -> Table:
+def read_table(
+    path: str | Path, wanted: Iterable[str] = (), *, header: bool = True, read: Callable[[Path], Any] | None = None
+) -> Table:
     """The table in a file or folder, by its ending; anything else is read as CSV.
 
+    `read` knows a form of file of its own: it is asked first, and returns None where a file is of no such form. `wanted`
+    columns help to tell a delimiter. Lists and objects in JSON become JSON text, and `Table.nested` says where they are.
     Raises DataError with all that cannot be read, MissingDependencyError for Parquet without pyarrow.
     """
     path, wanted = Path(path), set(wanted)
+    if read is not None and path.exists() and (table := read(path)) is not None:
+        return table  # type: ignore[no-any-return]
     if path.is_dir():
-        return _read_folder(path, wanted, header)
+        return _read_folder(path, wanted, header, read)
     ending = Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
     if ending in (".jsonl", ".ndjson"):
-        return _read_json_lines(path, wanted)
+        return _read_json_lines(path)
     if ending == ".json":
-        return _read_json(path, wanted)
+        return _read_json(path)
     if ending == ".parquet":
-        return _read_parquet(path, wanted)
+        return _read_parquet(path)
     return read_csv(path, wanted, header=header)
 
 
 # --- JSON
 
 
-def _read_json_lines(path: Path, wanted: set[str]) -> Table:
+def _read_json_lines(path: Path) -> Table:
     text, encoding, notes = decoded(path)
     found: list[tuple[int, Any]] = []
     problems = Problems(str(path))
@@ -61,10 +67,10 @@ def _read_json_lines(path: Path, wanted: set[str]) -> Table:
     if problems.found and not found and text.lstrip().startswith(("[", "{")):
         raise DataError(f"{path}: no line is JSON by itself. If the whole file is one JSON value, let its name end in .json")
     _raise_first(problems)
-    return _from_objects(path, found, wanted, encoding, notes, "line")
+    return _from_objects(path, found, encoding, notes, "line")
 
 
-def _read_json(path: Path, wanted: set[str]) -> Table:
+def _read_json(path: Path) -> Table:
     text, encoding, notes = decoded(path)
     if not text.strip():
         raise DataError(f"{path} is empty")
@@ -74,7 +80,7 @@ def _read_json(path: Path, wanted: set[str]) -> Table:
         first, _, rest = text.strip().partition("\n")
         try:
             if rest and isinstance(json.loads(first), dict):
-                return _read_json_lines(path, wanted)
+                return _read_json_lines(path)
         except json.JSONDecodeError:
             pass
         raise DataError(f"{path} is not valid JSON{_json_place(error)}") from None
@@ -93,7 +99,7 @@ def _read_json(path: Path, wanted: set[str]) -> Table:
             )
     if not isinstance(content, list):
         raise DataError(f"{path} holds {type(content).__name__} {str(content)[:40]!r}; expected a list of rows")
-    return _from_objects(path, list(enumerate(content, 1)), wanted, encoding, notes, "row")
+    return _from_objects(path, list(enumerate(content, 1)), encoding, notes, "row")
 
 
 def _json_place(error: Exception, *, with_line: bool = True) -> str:
@@ -102,10 +108,8 @@ def _json_place(error: Exception, *, with_line: bool = True) -> str:
     return f"{f', line {error.lineno}' if with_line else ''}, column {error.colno}: {error.msg}"
 
 
-def _from_objects(
-    path: Path, found: list[tuple[int, Any]], wanted: set[str], encoding: str, notes: list[str], unit: str
-) -> Table:
-    """Rows of text from objects; a value that is no text or number is refused in a wanted column, kept as JSON elsewhere."""
+def _from_objects(path: Path, found: list[tuple[int, Any]], encoding: str, notes: list[str], unit: str) -> Table:
+    """Rows of text from objects; a value that is a list or an object is kept as JSON, and noted."""
     if not found:
         raise DataError(f"{path} has no rows")
     problems = Problems(str(path))
@@ -115,18 +119,16 @@ def _from_objects(
             columns.update(dict.fromkeys(str(key).strip() for key in row))
         else:
             problems.add(f"{unit} {line} is {json.dumps(row)[:40]}; expected an object with a value for each column")
-    rows, absent = [], dict.fromkeys(wanted & set(columns), 0)
-    for line, row in found:
-        if isinstance(row, Mapping):
-            values = {str(key).strip(): value for key, value in row.items()}
-            for name in absent:
-                absent[name] += name not in values
-                if isinstance(values.get(name), list | dict):
-                    problems.add(f"{unit} {line}, column {name!r} is {json.dumps(values[name])[:40]}; expected a text")
-            rows.append({name: _plain(values.get(name)) for name in columns})
     _raise_first(problems)
-    notes += [f"column {name!r} is absent in {count} rows, read as empty" for name, count in absent.items() if count]
-    return Table(path, list(columns), rows, [line for line, _ in found], "", encoding, notes)
+    rows = []
+    nested: dict[str, str] = {}
+    for line, row in found:
+        values = {str(key).strip(): value for key, value in row.items()}
+        for name, value in values.items():
+            if isinstance(value, list | dict):
+                nested.setdefault(name, f"{unit} {line}, column {name!r} is {_plain(value)[:40]}")
+        rows.append({name: _plain(values.get(name)) for name in columns})
+    return Table(path, list(columns), rows, [line for line, _ in found], "", encoding, notes, nested=nested)
 
 
 def _plain(value: Any) -> str:
@@ -145,7 +147,7 @@ def _raise_first(problems: Problems) -> None:
 # --- Parquet
 
 
-def _read_parquet(path: Path, wanted: set[str]) -> Table:
+def _read_parquet(path: Path) -> Table:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -160,24 +162,24 @@ def _read_parquet(path: Path, wanted: set[str]) -> Table:
                 rows += batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is no whole Parquet file: {str(error).splitlines()[0]}") from None
-    return _from_objects(path, list(enumerate(rows, 1)), wanted, "utf-8", [], "row")
+    return _from_objects(path, list(enumerate(rows, 1)), "utf-8", [], "row")
 
 
 # --- folders
 
 
-def _read_folder(folder: Path, wanted: set[str], header: bool) -> Table:
+def _read_folder(folder: Path, wanted: set[str], header: bool, read: Callable[[Path], Any] | None) -> Table:
     files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
     sides: dict[str, Path] = {}
     for file in files:
         stem, _, ending = file.name.lower().removesuffix(".gz").rpartition(".")
-        if stem in NAMES and f".{ending}" in ENDINGS:
+        if stem in NAMES and (f".{ending}" in ENDINGS or read is not None):
             if NAMES[stem] in sides:
                 two = f"{sides[NAMES[stem]].name} and {file.name}"
                 raise DataError(f"{folder} holds two {NAMES[stem]} files, {two}; keep one")
             sides[NAMES[stem]] = file
     if "train" in sides:
-        return _read_splits(folder, sides, wanted, header)
+        return _read_splits(folder, sides, wanted, header, read)
     classes = sorted(p for p in folder.iterdir() if p.is_dir() and any(p.glob("*.txt")))
     if classes:
         return _read_texts(folder, classes)
@@ -188,17 +190,21 @@ def _read_folder(folder: Path, wanted: set[str], header: bool) -> Table:
     )
 
 
-def _read_splits(folder: Path, files: dict[str, Path], wanted: set[str], header: bool) -> Table:
+def _read_splits(
+    folder: Path, files: dict[str, Path], wanted: set[str], header: bool, read: Callable[[Path], Any] | None
+) -> Table:
     prepared = None
     if (folder / REPORT).is_file():
         try:
             prepared = json.loads((folder / REPORT).read_text(encoding="utf-8"))
             prepared = prepared if prepared.get("prepared_by") == "afina prepare" else None
+            if prepared is not None and not isinstance(prepared.get("columns"), Mapping):
+                raise ValueError("it does not say which columns are used")
         except (ValueError, AttributeError) as error:
             raise DataError(f"{folder / REPORT} is no report of `afina prepare`: {error}") from None
     if prepared is not None:
-        wanted = wanted or {prepared["text"], prepared["label"]}
-    tables = {side: read_table(files[side], wanted, header=header) for side in SPLITS if side in files}
+        wanted = wanted or set(prepared["columns"].values())
+    tables = {side: read_table(files[side], wanted, header=header, read=read) for side in SPLITS if side in files}
     first = tables["train"]
     problems = Problems(str(folder))
     for side, table in tables.items():
@@ -214,10 +220,14 @@ def _read_splits(folder: Path, files: dict[str, Path], wanted: set[str], header:
         joined.rows += [{name: row.get(name, "") for name in first.columns} for row in table.rows]
         joined.lines += [f"{files[side].name}:{line}" for line in table.lines]
         joined.notes += [f"{files[side].name}: {note}" for note in table.notes]
+        joined.nested = {**table.nested, **joined.nested}
         assert joined.sides is not None
         joined.sides += [side] * len(table.rows)
     if prepared is not None:
-        joined.text, joined.label = prepared["text"], prepared["label"]
+        for role, column in prepared["columns"].items():
+            setattr(joined, role, column)
+    else:
+        joined.text, joined.text_pair, joined.label = first.text, first.text_pair, first.label
     return joined
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from afina.data.groups import Union
+
 __all__ = ["near_duplicates"]
 
 _PIECE = 5
@@ -19,28 +21,18 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> list[list[i
     """Groups of two and more indices, ascending, joined by chains of near duplicates. Texts come normalised."""
     sets = [{text[i : i + _PIECE] for i in range(max(1, len(text) - _PIECE + 1))} for text in texts]
     counts = Counter(piece for pieces in sets for piece in pieces)
-    above = list(range(len(texts)))
-
-    def root(i: int) -> int:
-        while above[i] != i:
-            above[i] = above[above[i]]
-            i = above[i]
-        return i
-
+    union = Union(len(texts))
     index: dict[str, list[int]] = {}
     for i in sorted(range(len(texts)), key=lambda i: len(sets[i])):
         pieces = sets[i]
         order = sorted(pieces, key=lambda piece: (counts[piece], piece))
         prefix = [piece for piece in order[: len(order) - -int(-threshold * len(order) // 1) + 1] if counts[piece] > 1]
         for other in {j for piece in prefix for j in index.get(piece, ())}:
-            if len(sets[other]) < threshold * len(pieces) or root(other) == root(i):
+            if len(sets[other]) < threshold * len(pieces) or union.root(other) == union.root(i):
                 continue
             shared = len(pieces & sets[other])
             if shared >= threshold * (len(pieces) + len(sets[other]) - shared):
-                above[root(i)] = root(other)
+                union.join(i, other)
         for piece in prefix:
             index.setdefault(piece, []).append(i)
-    groups: dict[int, list[int]] = {}
-    for i in range(len(texts)):
-        groups.setdefault(root(i), []).append(i)
-    return [group for group in groups.values() if len(group) > 1]
+    return union.groups()

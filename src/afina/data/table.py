@@ -51,7 +51,10 @@ class Table:
     notes: list[str] = field(default_factory=list)  # what was found out, and not told by the file itself
     sides: list[str] | None = None  # train, validation or test, where files say so
     text: str = ""  # the column of the text, where the form of the data says so
+    text_pair: str = ""
     label: str = ""
+    nested: dict[str, str] = field(default_factory=dict)  # columns with a list or an object in them: where the first is
+    running: bool = False  # one row, a text that goes on: it is divided where it stands
     prepared: dict[str, Any] | None = None  # the report of `afina prepare`, where it made the folder
 
     def missing(self, column: str) -> str | None:

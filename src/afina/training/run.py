@@ -23,7 +23,7 @@ from afina.core.files import write_atomically
 from afina.data.columns import chosen_columns
 from afina.data.divide import Divided, divided
 from afina.data.example import Example
-from afina.data.read import read_table
+from afina.data.sources import read_rows
 from afina.errors import CheckpointError, ConfigError, DataError, MissingDependencyError, Problems
 from afina.functions import get_peft_model
 from afina.model import PeftModel
@@ -73,8 +73,7 @@ def prepare(
                 problems.add(f"{spell(f'data.{role}')} is missing")
     else:
         try:
-            wanted = {getattr(recipe.data, role) for role in kind.columns} - {""}
-            table = read_table(recipe.data.file, wanted)
+            table = read_rows(recipe.data, kind)
             columns = chosen_columns(table, kind, recipe.data, problems, spell)
         except (DataError, MissingDependencyError) as error:
             problems.add(f"{spell('data.file')}: {error}")
@@ -98,7 +97,7 @@ def prepare(
     assert kind is not None
     assert source is not None
 
-    done = _divided(table, kind, recipe.data, columns=columns, seed=recipe.training.seed)
+    done = divided(table, kind, recipe.data, columns=columns, seed=recipe.training.seed)
     splits = {name: [done.examples[i] for i in rows] for name, rows in done.sides.items()}
 
     load_config(source)
@@ -121,18 +120,6 @@ def prepare(
     _check_truncation(encoded, len(everything), recipe, spell, limit)
     rows = _sides(splits, encoded)
     return Run(recipe, output or Path(), source, task, model, rows, done, columns, encoded, precision, overwrite, resume)
-
-
-def _divided(table: Any, kind: Any, options: Any, *, columns: dict[str, str], seed: int) -> Divided:
-    """Until `divided` takes kinds of rows."""
-    from dataclasses import replace
-
-    done = divided(table, columns["text"], columns["label"], validation=options.validation, test=options.test, seed=seed)
-    rows = [{"text": e.text, "label": e.label} for e in done.examples]
-    done.examples = [  # type: ignore[assignment]
-        replace(kind.make(row, e.line), row=row) for row, e in zip(rows, done.examples, strict=True)
-    ]
-    return done
 
 
 def _sides(splits: Mapping[str, list[Example]], encoded: Encoded) -> dict[str, Rows]:

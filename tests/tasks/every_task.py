@@ -1,0 +1,128 @@
+"""For each task there is: rows, a tiny base, and a recipe. A task that is not here fails the tests of this folder."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import tiny_bases
+import torch
+import transformers as tf
+
+from afina.tasks.catalogue import tasks
+from afina.training.recipe import DataOptions, Recipe, TrainingOptions
+
+WORDS = tiny_bases.WORDS
+
+
+def classified(chance):
+    label = chance.choice(sorted(tiny_bases.TELLING))
+    return {"text": _text(chance, chance.choice(tiny_bases.TELLING[label])), "label": label}
+
+
+def several(chance):
+    words = [word for words in tiny_bases.TELLING.values() for word in words][:3]
+    inside = chance.sample(words, chance.randrange(3))
+    return {"text": _text(chance, *inside), "label": inside}
+
+
+def numbered(chance):
+    words = chance.choices(WORDS, k=7)
+    return {"text": " ".join(words), "label": sum(int(w[1:]) for w in words) / 7}
+
+
+def tagged(chance):
+    words = chance.choices(WORDS, k=chance.randrange(3, 11))
+    return {"tokens": words, "tags": ["B-LOW" if int(w[1:]) < 9 else "O" for w in words]}
+
+
+def asked(chance):
+    words = chance.sample(WORDS, 13)
+    place = chance.randrange(1, 12)
+    context = " ".join(words)
+    answer = words[place + 1] if place < 12 else words[0]
+    start = len(" ".join(words[: words.index(answer)])) + (1 if words.index(answer) else 0)
+    return {"question": words[place], "context": context, "answers": {"text": [answer], "answer_start": [start]}}
+
+
+def instructed(chance):
+    words = chance.choices(WORDS, k=chance.randrange(3, 8))
+    return {"prompt": " ".join(words), "completion": " ".join(words[::-1])}
+
+
+def translated(chance):
+    words = chance.choices(WORDS, k=chance.randrange(3, 8))
+    return {"source": " ".join(words), "target": " ".join(words[:3])}
+
+
+def alike(chance):
+    words = chance.choices(WORDS, k=9)
+    kept = chance.randrange(1, 8)
+    other = [*words[:kept], *chance.choices(WORDS, k=9 - kept)]
+    return {"text_a": " ".join(words), "text_b": " ".join(other), "score": kept / 9}
+
+
+def _text(chance, *inside):
+    words = [*chance.choices(WORDS, k=chance.randrange(2, 13)), *inside]
+    chance.shuffle(words)
+    return " ".join(words)
+
+
+def save_t5(folder):
+    made = tiny_bases.tokenizer()
+    torch.manual_seed(0)
+    config = tf.T5Config(
+        vocab_size=len(made), d_model=24, d_kv=12, d_ff=29, num_layers=1, num_heads=2, dropout_rate=0.0, pad_token_id=0,
+        eos_token_id=3, decoder_start_token_id=0,
+    )  # fmt: skip
+    made.eos_token = "[SEP]"
+    tf.T5ForConditionalGeneration(config).save_pretrained(folder)
+    made.save_pretrained(folder)
+    return folder
+
+
+def save_causal(folder):
+    made = tiny_bases.tokenizer(encoder=False)
+    torch.manual_seed(0)
+    config = tf.GPT2Config(
+        vocab_size=len(made), n_embd=24, n_layer=1, n_head=2, n_positions=61, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, initializer_range=0.2, bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    tf.GPT2LMHeadModel(config).save_pretrained(folder)
+    made.save_pretrained(folder)
+    return folder
+
+
+CASES = {
+    "sequence_classification": (classified, tiny_bases.save_bert, {}),
+    "multi_label_classification": (several, tiny_bases.save_bert, {}),
+    "regression": (numbered, tiny_bases.save_bert, {}),
+    "token_classification": (tagged, tiny_bases.save_bert, {}),
+    "question_answering": (asked, tiny_bases.save_bert, {}),
+    "causal_lm": (instructed, save_causal, {"max_new_tokens": 5}),
+    "seq2seq": (translated, save_t5, {"max_new_tokens": 5}),
+    "sentence_similarity": (alike, tiny_bases.save_bert, {}),
+}
+
+
+def case(name, folder, rows=47, **training):
+    """The recipe of a task on rows of its own in a folder, which is made."""
+    row, save, options = CASES[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    chance = random.Random(name)
+    with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
+        for _ in range(rows):
+            file.write(json.dumps(row(chance), ensure_ascii=False) + "\n")
+    if not (folder / "base").is_dir():
+        save(folder / "base")
+    fields = tasks()[name].Options.__dataclass_fields__
+    options = {key: value for key, value in options.items() if key in fields}
+    return Recipe(
+        task={"name": name, **options},
+        model=str(folder / "base"),
+        data=DataOptions(file=str(folder / "rows.jsonl")),
+        method={"name": "lora", "r": 3, "target_modules": "all-linear"},
+        training=TrainingOptions(
+            **{"epochs": 2, "batch_size": 7, "learning_rate": 5e-3, "precision": "fp32", "max_truncated": 0.5, **training}
+        ),
+    )

@@ -1,0 +1,137 @@
+"""Laws that every task meets by being found: the whole way of a run, two processes, resuming, answering as tested."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from every_task import CASES, case
+
+from afina.core.files import read_weights
+from afina.data.read import read_table
+from afina.tasks.catalogue import tasks
+from afina.training.recipe import read_recipe
+from afina.training.run import prepare
+from afina.training.trained import TrainedRun
+
+
+def test_every_task_has_a_case():
+    assert set(CASES) == set(tasks())
+
+
+@pytest.fixture(scope="module", params=sorted(CASES))
+def done(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    run = prepare(case(request.param, folder), folder / "run")
+    return folder, run, run.execute()
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_a_run_leaves_figures_of_every_kind(done):
+    folder, run, metrics = done
+    written = json.loads((folder / "run" / "metrics.json").read_text())
+    for name in run.task.figures:
+        assert isinstance(written["test"][name], float | int | None), name
+        assert name in written["validation"]
+    assert written["test"]["rows"] == len(run.rows["test"].examples)
+    assert written["baselines"]
+    assert all(base["title"] for base in written["baselines"].values())
+    assert written["read_back"]["largest_difference"] < 1e-4
+    assert (folder / "run" / "report.html").is_file()
+    assert losses(folder / "run")[-1] > 0
+
+
+def test_the_saved_run_answers_as_it_was_tested(done):
+    folder, run, _ = done
+    trained = TrainedRun.load(folder / "run")
+    with (folder / "run" / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        written = list(csv.DictReader(file))
+    table = read_table(folder / "run" / "data" / "test.csv", set(trained.columns.values()))
+    rows = [{role: row[name] for role, name in trained.columns.items() if role != "label"} for row in table.rows]
+    assert len(rows) == len(written)
+    examples = trained.examples(rows, table.lines)
+    for example, answer, line in zip(examples, trained.answers(examples), written, strict=True):
+        said = trained.task.columns(answer, example)
+        for title, value in said.items():
+            if title not in line:
+                continue  # what can be said of labelled rows alone
+            try:
+                assert float(value) == pytest.approx(float(line[title]), abs=2e-4)
+            except ValueError:
+                assert value == line[title]
+        json.dumps(trained.task.respond(answer, example))
+
+
+def test_the_recipe_repeats_the_run(done, tmp_path):
+    folder, run, metrics = done
+    again = prepare(read_recipe(folder / "run" / "recipe.yaml"), tmp_path / "again")
+    assert json.dumps(again.execute()["test"]) == json.dumps(metrics["test"])
+
+
+def test_t03_a_run_goes_on_as_if_it_had_not_stopped(done, tmp_path):
+    folder, run, _ = done
+
+    def die(line):
+        if line["step"] == 4 and "loss" in line:
+            raise MemoryError
+
+    recipe = read_recipe(folder / "run" / "recipe.yaml")
+    recipe.training.checkpoint_every = 3
+    with pytest.raises(MemoryError):
+        prepare(recipe, tmp_path / "run").execute(die)
+    prepare(recipe, tmp_path / "run", resume=True).execute()
+    assert losses(tmp_path / "run") == losses(folder / "run")
+    one, two = (read_weights(f / "adapter" / "adapter_model.safetensors") for f in (folder / "run", tmp_path / "run"))
+    assert all((one[key] == two[key]).all() for key in one.keys() | two.keys())
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_t25_parts_of_a_step_change_no_loss(name, tmp_path):
+    """Plain descent at a rate of one, so that the second step's loss tells of the first step's gradient."""
+    found = {}
+    for count in (1, 2, 4, 8):
+        options = {"optimizer": "sgd", "learning_rate": 1.0, "warmup": 0.0, "max_grad_norm": 1e-2, "batch_size": 11}
+        recipe = case(name, tmp_path, epochs=1, gradient_accumulation=count, evaluate_every=9.0, **options)
+        run = prepare(recipe, tmp_path / str(count))
+        run.execute()
+        found[count] = losses(run.output)
+    assert len(found[1]) >= 2
+    for count in (2, 4, 8):
+        assert found[count] == pytest.approx(found[1], rel=2e-4), count
+
+
+@pytest.mark.xdist_group("two processes")
+def test_t25_two_processes_train_what_one_trains(tmp_path):
+    """Every task in turn, in one pair of processes; the last step leaves one of them without rows of its own."""
+    options = {"epochs": 1, "batch_size": 4, "seed": 3}
+    expected = {}
+    for name in CASES:
+        run = prepare(case(name, tmp_path / name, **options), tmp_path / name / "one")
+        run.execute()
+        expected[name] = losses(run.output)
+        recipe = read_recipe(run.output / "recipe.yaml")
+        recipe.training.gradient_accumulation = 2
+        (tmp_path / name / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+            str(Path(__file__).with_name("two_processes_worker.py")), str(tmp_path),
+        ],
+        capture_output=True, text=True, timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, of_one in expected.items():
+        assert losses(tmp_path / name / "two") == pytest.approx(of_one, rel=1e-3), name
+        metrics = [json.loads((tmp_path / name / n / "metrics.json").read_text()) for n in ("one", "two")]
+        first = next(iter(tasks()[name].figures))
+        values = [m["test"].get(first) for m in metrics]
+        assert values[0] is None or values[1] == pytest.approx(values[0], rel=0.02, abs=0.02), name
