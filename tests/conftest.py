@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
+CACHE = tempfile.TemporaryDirectory(prefix="afina-tests-")  # removed when the process ends
+os.environ["AFINA_CACHE"] = CACHE.name
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

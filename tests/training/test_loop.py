@@ -35,11 +35,11 @@ def prepared(places, output, method=None, **options):
     return prepare(recipe, output)
 
 
-def fitted(run, tell=lambda line: None, resume=False):
+def fitted(run, tell=lambda line: None, **resumed):
     accelerator = make_accelerator("fp32")
     result = fit(
         run.model, run.task, run.rows["train"], run.rows["validation"], run.recipe.training, accelerator, run.output,
-        tell=tell, resume=resume,
+        tell=tell, **resumed,
     )  # fmt: skip
     return result, {n: p.detach().clone() for n, p in run.model.named_parameters() if p.requires_grad}
 

@@ -117,13 +117,12 @@ def test_from_every_checkpoint_that_is_kept(places, whole, tmp_path):
     fitted(on(places, output, keep_checkpoints=99))
     steps = sorted(int(p.name.removeprefix("step-")) for p in (output / "checkpoints").iterdir())
     assert set(range(0, steps[-1], 3)) <= set(steps)
-    for p in (output / "checkpoints").iterdir():
-        if int(p.name.removeprefix("step-")) > 9:
-            for file in p.iterdir():
-                file.unlink()
-            p.rmdir()
-    _, weights = fitted(on(places, output), resume=True)
-    same_as(whole, output, weights)
+    for step in (steps[-2], 9, 0):  # each time from an earlier one, which drops the later ones
+        _, weights = fitted(on(places, output, keep_checkpoints=99), resume=True, from_step=step)
+        same_as(whole, output, weights)
+        assert steps == sorted(int(p.name.removeprefix("step-")) for p in (output / "checkpoints").iterdir())
+    with pytest.raises(TrainingError, match=r"--from-step 7: .* has those of step 0, 3"):
+        fitted(on(places, output), resume=True, from_step=7)
 
 
 def test_the_last_and_the_best_are_kept(places, tmp_path):

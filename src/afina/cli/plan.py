@@ -29,6 +29,7 @@ def show_plan(run: Run) -> None:
             "method": " ".join(str(v) if k == "name" else f"{k}={v}" for k, v in short(recipe.method).items()),
             "layers": f"{len(injected.adapted)} adapted, {whole}, {frozen_layers(model)} frozen (see `afina targets`)",
             "trained": f"{trainable:,} parameters, {trainable / total:.2%} of all",
+            **({"tokens": "\n".join(run.notes)} if run.notes else {}),
         }
     )
     heading("Data")

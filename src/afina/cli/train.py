@@ -51,6 +51,9 @@ def train(
         bool, typer.Option("--resume", help="Go on from the last checkpoint in --output, with its recipe.")
     ] = False,
     silent: Annotated[bool, typer.Option("--quiet", help="Show no progress of the training.")] = False,
+    from_step: Annotated[
+        int | None, typer.Option(help="With --resume: go on from the checkpoint of this step, and drop later ones.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show everything, and stop before training.")] = False,
 ) -> None:
     """Tune a model on a file, test it on rows it never saw, and save it.
@@ -70,7 +73,8 @@ def train(
         typed = typed if any(a.endswith((".yaml", ".yml")) for a in typed) else [str(output / "recipe.yaml"), *typed]
     recipe = assemble(given, typed, problems)
     run = prepare(
-        recipe, output, spell=typed_as, problems=problems, overwrite=overwrite, resume=resume
+        recipe, output, spell=typed_as, problems=problems, overwrite=overwrite, resume=resume,
+        from_step=from_step,
     )
     speaks = os.environ.get("RANK", "0") == "0"  # one of several processes that torchrun started
     if speaks:
@@ -85,7 +89,9 @@ def train(
             metrics = run.execute(progress)
     except StoppedError as stop:
         if speaks:
-            again = shlex.join(["afina", "train", "--resume", "--output", str(output)])
+            processes = os.environ.get("WORLD_SIZE", "1")
+            start = ["afina"] if processes == "1" else ["torchrun", "--nproc-per-node", processes, "-m", "afina"]
+            again = shlex.join([*start, "train", "--resume", "--output", str(output)])
             console(stderr=True).print(f"\n{stop}. To go on:\n  {again}", markup=False)
         raise typer.Exit(128 + stop.signal) from None
     if speaks:

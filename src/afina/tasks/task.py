@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -34,6 +35,7 @@ class Figure:
     title: str
     form: str = ".3f"  # as in format(): ".1%" or ".3f"
     better: int = 1  # -1 where less is better
+    final: bool = False  # of the test rows alone, so that it cannot choose the weights
 
     def shown(self, value: Any) -> str:
         """The figure as text; a dash where there is none."""
@@ -42,11 +44,15 @@ class Figure:
 
 @dataclass
 class Encoded:
-    """Features of a list of examples, in its order, and how many examples were cut off."""
+    """Features of a list of examples, in its order, and how many examples were cut off.
 
-    features: list[Feature]
+    All that is to be known of the encoding is here, and nothing on the task: it may come from a cache.
+    """
+
+    features: Sequence[Feature]
     truncated: int
     max_length: int
+    notes: list[str] = field(default_factory=list)  # what was found out, as sentences for a person
 
     @property
     def lengths(self) -> list[int]:
@@ -59,12 +65,13 @@ class Rows:
     """One side of a split: its examples, and their features (`feature["row"]` counts within these examples)."""
 
     examples: list[Example]
-    features: list[Feature]
+    features: Sequence[Feature]
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
-        """Tokens of each feature, on both sides of a model with an encoder and a decoder."""
-        return [len(f["input_ids"]) + len(f.get("decoder_ids", ())) for f in self.features]
+        """Tokens of each feature, of a second text or on the other side of a model with a decoder too."""
+        others = ("decoder_ids", "pair_ids")
+        return [len(f["input_ids"]) + sum(len(f.get(key, ())) for key in others) for f in self.features]
 
     @property
     def ids(self) -> list[list[int]]:
@@ -85,6 +92,7 @@ class Task(ABC):
     kind: ClassVar[Kind]
     figures: ClassVar[Mapping[str, Figure]]  # keys of `metrics` that are shown; the first chooses the weights that are kept
     Options: ClassVar[type] = NoOptions  # a dataclass of `option` fields
+    untuned: ClassVar[bool] = False  # the base answers without training too: its figures are a baseline
 
     label_smoothing = 0.0  # of the training loss; figures do not know it
     class_weights: Sequence[float] | None = None  # of the training loss, one a label
@@ -114,9 +122,17 @@ class Task(ABC):
     def load_model(self, path: str) -> Any:
         """The base model with a head for this task, float32. Raises ConfigError where there is none."""
 
+    def idle(self, model: Any) -> list[str]:
+        """Modules of the base that this task never runs, so that there is nothing to adapt in them."""
+        return []
+
     def limit(self, model: Any) -> int:
         """The most tokens that model and tokenizer can take."""
         positions = getattr(model.config, "max_position_embeddings", None) or NO_LIMIT
+        for module in model.modules():  # RoBERTa's positions begin after the one that means padding
+            table = getattr(module, "position_embeddings", None)
+            if getattr(table, "padding_idx", None) is not None:
+                positions = min(positions, table.num_embeddings - table.padding_idx - 1)
         return int(min(positions, self.tokenizer.model_max_length or NO_LIMIT))
 
     # --- rows
@@ -141,6 +157,15 @@ class Task(ABC):
     @abstractmethod
     def targets_in(self, batch: Mapping[str, torch.Tensor]) -> float:
         """How many targets a batch holds (their weights, where they have weights)."""
+
+    @property
+    def parts_share(self) -> bool:
+        """Whether the loss of a row depends on the other rows of its step, so that parts must know of each other (T25)."""
+        return False
+
+    def share(self, model: Any, parts: Sequence[Batch], gather: Callable[[Any], list[Any]], process: int) -> None:
+        """Put into the parts what they must know of the whole step; `gather` returns a value of every process."""
+        raise NotImplementedError(f"{self.name} says that parts share, and not what")
 
     # --- answers
 
@@ -184,6 +209,10 @@ class Task(ABC):
     def respond(self, answer: Any, example: Example) -> dict[str, Any]:
         """The answer as JSON, for `afina predict --json`."""
         return dict(self.columns(answer, example))
+
+    def arrays(self, answers: Sequence[Any | None]) -> dict[str, Any]:
+        """Numpy arrays of answers, a row each (None: not a number), for .npz files. Raises ConfigError where there are none."""
+        raise ConfigError(f"{self.name} answers with no vectors, so there is nothing for a .npz file; write a .csv")
 
     def outputs(self, model: Any, batch: Batch) -> torch.Tensor:
         """Numbers between 0 and 1, or nearly, that two equal models agree on: compared when an adapter is read back."""

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from afina.core.files import read_weights, write_weights
 from afina.errors import CheckpointError, TrainingError
 
-__all__ = ["latest", "load", "random_states", "save", "set_random_states"]
+__all__ = ["chosen", "forget_after", "latest", "load", "random_states", "save", "set_random_states"]
 
 _PREFIX = "step-"
 
@@ -80,6 +80,28 @@ def save(
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint, or None."""
     return next(reversed(_complete(folder)), None)
+
+
+def chosen(folder: Path, step: int | None) -> Path | None:
+    """The checkpoint of a step, or the newest; None where there is none at all.
+
+    Raises TrainingError, naming those that are there, where the step's is not. Removes nothing; `forget_after` does.
+    """
+    if step is None:
+        return latest(folder)
+    there = _complete(folder)
+    for checkpoint in there:
+        if _step(checkpoint) == step:
+            return checkpoint
+    steps = ", ".join(str(_step(p)) for p in there) or "none"
+    raise TrainingError(f"--from-step {step}: {folder} has no checkpoint of that step; it has those of step {steps}")
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Remove checkpoints of later steps, which are of a way that is not gone on."""
+    for checkpoint in _complete(folder):
+        if _step(checkpoint) > step:
+            shutil.rmtree(checkpoint)
 
 
 def load(

@@ -78,11 +78,13 @@ def fit(
     *,
     tell: Callable[[dict[str, Any]], None] = lambda line: None,
     resume: bool = False,
+    from_step: int | None = None,
 ) -> Fitted:
     """Train the adapter of `model`; at the end it holds the weights that validation liked best.
 
     `tell` gets every line that goes to `log.jsonl` in `folder`. `resume` goes on from the last checkpoint there, within an
-    epoch too. Raises StoppedError, with a checkpoint written, after the step in which Ctrl-C or SIGTERM came.
+    epoch too, or from that of `from_step`, and then later ones are removed. Raises StoppedError, with a checkpoint written,
+    after the step in which Ctrl-C or SIGTERM came.
     """
     started, result = time.perf_counter(), Fitted()
     assert options.learning_rate is not None  # Recipe.check resolves it
@@ -96,7 +98,7 @@ def fit(
     best: dict[str, torch.Tensor] = {}
     best_score, waited, since_loss, since_targets = (-math.inf, -math.inf), 0, 0.0, 0.0
     places = folder / "checkpoints"
-    last = checkpoints.latest(places) if resume else None
+    last = checkpoints.chosen(places, from_step) if resume else None
     if resume and last is None:
         raise TrainingError(f"--resume: {folder} has no checkpoint to go on from; leave --resume out")
     saved: dict[str, Any] = {}
@@ -106,6 +108,9 @@ def fit(
         state, saved, best = checkpoints.load(last, trained)
         _stop_unless_same(state["same"], same, last)
         optimizer.load_state_dict(saved["optimizer"])
+        accelerator.wait_for_everyone()  # all have read before one removes
+        if accelerator.is_main_process:
+            checkpoints.forget_after(places, state["step"])
         best_score, waited, (since_loss, since_targets) = tuple(state["best_score"]), state["waited"], state["since"]
         result = Fitted(**state["fitted"])
         started -= result.seconds
@@ -148,6 +153,9 @@ def fit(
             targets = float(sum(task.targets_in(batch) for counts, batch in made if counts))
             targets = float(accelerator.reduce(torch.tensor(targets, device=accelerator.device)))
             loss = torch.zeros((), device=accelerator.device)
+            if task.parts_share and (len(made) > 1 or accelerator.num_processes > 1):
+                with accelerator.autocast():
+                    task.share(model, [b for counts, b in made if counts], _gather(accelerator), accelerator.process_index)
             for counts, batch in made:
                 with _together(accelerator, wrapped, last=batch is made[-1][1]), accelerator.autocast():
                     part = task.loss_sum(wrapped, batch) / targets * (1 if counts else 0)
@@ -298,7 +306,10 @@ def _epochs(steps: int, steps_per_epoch: int) -> int | float:
 
 
 def _fingerprint(rows: Rows) -> str:
-    return hashlib.sha256(json.dumps(rows.features, sort_keys=True).encode()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for feature in rows.features:
+        digest.update(json.dumps(feature, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
 
 
 def _stop_unless_same(then: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Path) -> None:
@@ -320,6 +331,11 @@ def _parts_of_step(
     for part in made:
         batch = task.collate([data.features[i] for i in part or rows[:1]])
         yield bool(part), {k: v.to(accelerator.device) for k, v in batch.items()}
+
+
+def _gather(accelerator: Accelerator) -> Callable[[Any], list[Any]]:
+    """A value of every process, in their order."""
+    return lambda value: gather_object([value]) if accelerator.num_processes > 1 else [value]
 
 
 def _together(accelerator: Accelerator, model: Any, *, last: bool) -> Any:

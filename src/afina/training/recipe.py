@@ -126,10 +126,9 @@ class Recipe:
         options = task_options(task, {k: v for k, v in self.task.items() if k != "name"}, problems, spell)
         self.task = {"name": name, **dataclasses.asdict(options)}
         best = self.training.best
-        if best is None:
-            self.training.best = next(iter(task.figures))
-        elif best not in task.figures:
-            near = did_you_mean(best, task.figures)
+        chooses = [key for key, figure in task.figures.items() if not figure.final]
+        if best is not None and best not in chooses:
+            near = did_you_mean(best, chooses)
             problems.add(f"{spell('training.best')}={best!r}: {name} has no such figure.{near}")
         return task.task_type
 

@@ -19,23 +19,34 @@ from typing import Any
 
 import torch
 
+from afina.core.config import TargetedConfig
 from afina.core.files import write_atomically
 from afina.data.columns import chosen_columns
 from afina.data.divide import Divided, divided
 from afina.data.example import Example
 from afina.data.sources import read_rows
-from afina.errors import CheckpointError, ConfigError, DataError, MissingDependencyError, Problems
+from afina.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MissingDependencyError,
+    Problems,
+    TrainingError,
+    did_you_mean,
+)
 from afina.functions import get_peft_model
 from afina.model import PeftModel
 from afina.report.html import REPORT, write_report
 from afina.tasks.catalogue import find_task, task_from_settings, tasks
 from afina.tasks.task import Encoded, Rows, Task
 from afina.training import checkpoints
+from afina.training.cache import Part, encoded_once
 from afina.training.loop import Fitted, fit, make_accelerator, predict
 from afina.training.models import ModelSource, find_model, load_config, load_tokenizer
 from afina.training.precision import choose_precision
 from afina.training.recipe import Recipe
 from afina.training.trackers import Trackers
+from afina.training.vocabulary import add_tokens, fit_embeddings
 
 __all__ = ["Run", "prepare", "write_csv"]
 
@@ -53,6 +64,7 @@ def prepare(
     problems: Problems | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    from_step: int | None = None,
     trial: bool = False,
 ) -> Run:
     """Check the recipe, read and split the data, load and adapt the model. Nothing is written.
@@ -92,6 +104,13 @@ def prepare(
         problems.add(f"{spell('output')} is missing: the folder to write the run into, for example runs/first")
     elif output is not None:
         _check_output(output, problems, overwrite=overwrite, resume=resume)
+    if from_step is not None and not resume:
+        problems.add("--from-step goes with --resume")
+    elif from_step is not None and output is not None:
+        try:
+            checkpoints.chosen(output / "checkpoints", from_step)
+        except TrainingError as error:
+            problems.add(str(error))
     problems.raise_as(ConfigError)
     assert table is not None
     assert kind is not None
@@ -104,31 +123,44 @@ def prepare(
     made = find_task(recipe.task["name"])
     options = made.Options(**{k: v for k, v in recipe.task.items() if k != "name"})
     learned = made.learn(splits["train"], [*splits["validation"], *splits["test"]])
-    task = made(load_tokenizer(source), options, learned)
+    tokenizer = load_tokenizer(source)
+    add_tokens(tokenizer, recipe.data.new_tokens)
+    task = made(tokenizer, options, learned)
+    recipe.training.best = recipe.training.best or next(iter(task.figures))
+    if recipe.training.best not in task.figures:
+        asked = f"{spell('training.best')}={recipe.training.best!r}"
+        raise ConfigError(f"{asked}: these rows give no such figure.{did_you_mean(recipe.training.best, task.figures)}")
     torch.manual_seed(recipe.training.seed)
     config.base_model_name_or_path = source.public_name
     base = task.load_model(source.path)
+    notes = fit_embeddings(base, tokenizer, config, spell("data.new_tokens") if recipe.data.new_tokens else "the tokenizer")
     limit = task.limit(base) - int(getattr(config, "num_virtual_tokens", None) or 0)
     if recipe.training.max_length is not None and recipe.training.max_length > limit:
         asked = f"{spell('training.max_length')}={recipe.training.max_length}"
         raise ConfigError(f"{asked}: {recipe.model} takes at most {limit} tokens")
+    idle = task.idle(base)
+    if idle and isinstance(config, TargetedConfig) and config.exclude_modules is None:
+        config.exclude_modules = idle
     model = get_peft_model(base, config)
     recipe.resolve_method(model.peft_config["default"])
     everything = [e for examples in splits.values() for e in examples]
-    encoded = task.encode(everything, recipe.training.max_length, limit)
+    encoded = encoded_once(task, everything, recipe.training.max_length, limit)
     recipe.training.max_length = encoded.max_length
     _check_truncation(encoded, len(everything), recipe, spell, limit)
     rows = _sides(splits, encoded)
-    return Run(recipe, output or Path(), source, task, model, rows, done, columns, encoded, precision, overwrite, resume)
+    return Run(
+        recipe, output or Path(), source, task, model, rows, done, columns, notes, encoded, precision, overwrite, resume,
+        from_step,
+    )  # fmt: skip
 
 
 def _sides(splits: Mapping[str, list[Example]], encoded: Encoded) -> dict[str, Rows]:
     """Features back to the sides that their examples are on; each then counts its own examples."""
-    sides, first = {}, 0
+    sides, first, of_row = {}, 0, [feature["row"] for feature in encoded.features]
     for name, examples in splits.items():
         last = first + len(examples)
-        own = [{**f, "row": f["row"] - first} for f in encoded.features if first <= f["row"] < last]
-        sides[name], first = Rows(examples, own), last
+        own = [i for i, row in enumerate(of_row) if first <= row < last]
+        sides[name], first = Rows(examples, Part(encoded.features, own, first)), last
     return sides
 
 
@@ -144,10 +176,12 @@ class Run:
     rows: dict[str, Rows]
     divided: Divided
     columns: dict[str, str]  # role -> column of the file
+    notes: list[str]  # what was found out about tokenizer and model
     encoded: Encoded
     precision: str
     overwrite: bool = False
     resume: bool = False
+    from_step: int | None = None
 
     def classes(self, split: str) -> dict[str, int]:
         """Rows of each class on one side of the split."""
@@ -170,7 +204,7 @@ class Run:
         accelerator.wait_for_everyone()
         options = self.recipe.training
         self.model.to(accelerator.device)
-        last = checkpoints.latest(self.output / "checkpoints") if self.resume else None
+        last = checkpoints.chosen(self.output / "checkpoints", self.from_step) if self.resume else None
         step = int(last.name.partition("-")[2]) if last else 0
         names = options.trackers if accelerator.is_main_process else []
         with Trackers(names, self.output, asdict(self.recipe), step) as trackers:
@@ -181,12 +215,18 @@ class Run:
 
             fitted = fit(
                 self.model, self.task, self.rows["train"], self.rows["validation"], options, accelerator, self.output,
-                tell=told, resume=self.resume,
+                tell=told, resume=self.resume, from_step=self.from_step,
             )  # fmt: skip
             self._settle(accelerator)
             test = self.rows["test"]
             answers = predict(self.model, self.task, test, options.batch_size * 2, accelerator, exact=True, final=True)
             metrics = self._metrics(fitted, answers)
+            if self.task.untuned:
+                with self.model.disable_adapter():
+                    size = options.batch_size * 2
+                    before = predict(self.model, self.task, test, size, accelerator, exact=True, final=True)
+                figures = self.task.metrics(before, test.examples)
+                metrics["baselines"]["untuned"] = {"title": "the base, not tuned", **figures}
             trackers.tested(metrics["test"])
         if accelerator.is_main_process:
             self._write_predictions(answers)

@@ -1,0 +1,5 @@
+"""`python -m afina`, and `torchrun --nproc-per-node 2 -m afina train ...` for several processes."""
+
+from afina.cli.main import main
+
+main()
