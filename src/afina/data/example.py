@@ -58,3 +58,4 @@ class Kind:
     labels: str
     make: Callable[[Mapping[str, str], int | str], Example]
     read: Callable[[Path], Any] | None = None  # a form of file of its own: a Table, or None where it is not
+    check: Callable[[Mapping[str, str]], str | None] | None = None  # what is wrong with columns by role, if anything
