@@ -36,6 +36,8 @@ __all__ = ["SentenceSimilarity", "SimilarityOptions"]
 
 POOL = 1000  # pairs among which a second text is looked for, when ranks are measured
 RECALLS = (1, 5, 10)
+FIRST = ("text", "text_a", "text1", "sentence1", "sentence_a", "anchor", "query", "question")
+SECOND = ("text_pair", "text_b", "text2", "sentence2", "sentence_b", "positive", "passage", "answer")
 
 
 @dataclasses.dataclass
@@ -67,10 +69,8 @@ class SentenceSimilarity(Task):
     task_type = "FEATURE_EXTRACTION"
     kind = Kind(
         columns={
-            "text": Column("the first text", ("text", "sentence1", "text1", "anchor", "query", "question")),
-            "text_pair": Column(
-                "the second text", ("text_pair", "sentence2", "text2", "positive", "answer", "passage"), required=False
-            ),
+            "text": Column("the first text", FIRST),
+            "text_pair": Column("the second text", SECOND, required=False),
             "label": Column("how alike they are", ("score", "similarity", "label"), required=False),
         },
         labels="none",
