@@ -1,0 +1,204 @@
+"""What tasks whose answer is text have in common: the loss per target token, its streaming figures, and written answers.
+
+Logits of a vocabulary are the largest tensors of such a task. They are asked for where a target is foretold and nowhere
+else, and nothing of them but three numbers a row outlives its batch (T32).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from afina.data.clean import normalised
+from afina.data.example import Example
+from afina.tasks.generation import generated
+from afina.tasks.task import IGNORED, Batch, Rows, Task
+
+__all__ = ["Foretold", "Targets", "WritingTask", "Written", "perplexity"]
+
+_CHUNK = 512  # targets whose probabilities are computed at once where no gradient is asked for
+
+
+@dataclass
+class Targets:
+    """Logits `[targets, vocabulary]`, the token that is right, and the row of the batch, each `[targets]`."""
+
+    logits: torch.Tensor
+    tokens: torch.Tensor
+    rows: torch.Tensor
+
+
+@dataclass
+class Foretold:
+    """The targets of one feature: negative log likelihood, summed; how many there are; how many came out likeliest."""
+
+    loss: float = 0.0
+    tokens: int = 0
+    right: int = 0
+
+
+@dataclass
+class Written:
+    """The answer to one example: what is known of its targets, and the text, where one was asked for."""
+
+    foretold: Foretold = field(default_factory=Foretold)
+    text: str | None = None
+
+
+class WritingTask(Task):
+    """A task whose answer is text."""
+
+    untuned = True
+
+    @abstractmethod
+    def targets(self, model: Any, batch: Batch) -> Targets:
+        """What the model foretells of the targets of a batch."""
+
+    @abstractmethod
+    def questions(self, model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """Token ids and mask to write on from, and the row of the batch each belongs to; none where none is asked."""
+
+    @abstractmethod
+    def ends(self, model: Any) -> list[int]:
+        """Tokens that end an answer."""
+
+    # --- training
+
+    def loss_sum(self, model: Any, batch: Batch) -> torch.Tensor:
+        """Cross-entropy of the targets, summed."""
+        found = self.targets(model, batch)
+        return F.cross_entropy(found.logits.float(), found.tokens, reduction="sum", label_smoothing=self.label_smoothing)
+
+    def targets_in(self, batch: Mapping[str, torch.Tensor]) -> float:
+        """Its target tokens."""
+        return float((batch["labels"] != IGNORED).sum())
+
+    # --- answers
+
+    @torch.no_grad()
+    def answers(self, model: Any, batch: Batch) -> list[Any]:
+        """What is foretold of the targets of each feature; nothing is written."""
+        made = [Written() for _ in range(len(batch["input_ids"]))]
+        if "labels" not in batch:
+            return made
+        found = self.targets(model, batch)
+        losses, right = _losses(found)
+        for row, loss, hit in zip(found.rows.tolist(), losses.tolist(), right.tolist(), strict=True):
+            one = made[row].foretold
+            one.loss, one.tokens, one.right = one.loss + loss, one.tokens + 1, one.right + hit
+        return made
+
+    @torch.no_grad()
+    def final_answers(self, model: Any, batch: Batch) -> list[Any]:
+        """As `answers`, with the text of every row that is asked for one."""
+        made = self.answers(model, batch)
+        ids, mask, rows = self.questions(model, batch)
+        if rows:
+            texts = generated(
+                model, ids, mask, max_new_tokens=self.options.max_new_tokens, num_beams=self.options.num_beams,
+                ends=self.ends(model), pad=self.tokenizer.pad_token_id,
+            )  # fmt: skip
+            for row, tokens in zip(rows, texts, strict=True):
+                made[row].text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        return made
+
+    def join(self, answers: Sequence[Any], rows: Rows) -> list[Any]:
+        """The features of an example together."""
+        joined = [Written() for _ in rows.examples]
+        for answer, feature in zip(answers, rows.features, strict=True):
+            whole, part = joined[feature["row"]], answer.foretold
+            f = whole.foretold
+            f.loss, f.tokens, f.right = f.loss + part.loss, f.tokens + part.tokens, f.right + part.right
+            whole.text = answer.text if whole.text is None else whole.text
+        return joined
+
+    @abstractmethod
+    def text_figures(self, answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+        """Figures of written answers; each has one or more references."""
+
+    def metrics(self, answers: Sequence[Any], examples: Sequence[Example]) -> dict[str, Any]:
+        """Loss per target token (natural logarithm), perplexity, share of tokens foretold; of written texts, `text_figures`.
+
+        Rows that ask the same count once among the written ones: their labels are the references of one answer.
+        """
+        foretold = [a.foretold for a in answers]
+        tokens = sum(f.tokens for f in foretold)
+        loss = sum(f.loss for f in foretold) / max(tokens, 1)
+        figures: dict[str, Any] = {
+            "rows": len(examples),
+            "tokens": tokens,
+            "loss": loss,
+            "perplexity": perplexity(loss),
+            "token_accuracy": sum(f.right for f in foretold) / max(tokens, 1),
+        }
+        return {**figures, **self._of_texts([a.text for a in answers], examples)}
+
+    def _of_texts(self, texts: Sequence[str | None], examples: Sequence[Example]) -> dict[str, Any]:
+        references: dict[str, list[str]] = {}
+        for example in examples:
+            references.setdefault(normalised(example.text), []).append(self.reference(example))
+        said = {normalised(e.text): text for e, text in zip(examples, texts, strict=True) if text is not None and e.label}
+        if not said:
+            return {}
+        return {"written": len(said), **self.text_figures(list(said.values()), [references[key] for key in said])}
+
+    def reference(self, example: Example) -> str:
+        """The text that is expected."""
+        return example.label
+
+    def baselines(self, train: Rows, test: Rows) -> dict[str, dict[str, Any]]:
+        """Tokens as frequent as in training, whatever the text says."""
+        counts: Counter[int] = Counter()
+        for feature in train.features:
+            counts.update(token for token in feature["labels"] if token != IGNORED)
+        total, kinds = sum(counts.values()), len(self.tokenizer)
+        tokens = [t for feature in test.features for t in feature["labels"] if t != IGNORED]
+        loss = sum(-math.log((counts[t] + 1) / (total + kinds)) for t in tokens) / max(len(tokens), 1)  # add-one smoothing
+        commonest = max(counts, key=lambda t: (counts[t], -t), default=None)
+        figures = {
+            "title": "tokens as frequent as in training",
+            "rows": len(test.examples),
+            "tokens": len(tokens),
+            "loss": loss,
+            "perplexity": perplexity(loss),
+            "token_accuracy": sum(t == commonest for t in tokens) / max(len(tokens), 1),
+        }
+        return {"frequencies": figures}
+
+    def columns(self, answer: Any, example: Example) -> dict[str, str]:
+        """The written text; loss and number of the target tokens, where there are some."""
+        known = answer.foretold
+        loss = {"loss": f"{known.loss / known.tokens:.6f}", "tokens": str(known.tokens)} if known.tokens else {}
+        return {"answer": answer.text or "", **loss}
+
+    def respond(self, answer: Any, example: Example) -> dict[str, Any]:
+        """The written text."""
+        return {"answer": answer.text or ""}
+
+    @torch.no_grad()
+    def outputs(self, model: Any, batch: Batch) -> torch.Tensor:
+        """The probability of each target token, in order."""
+        return torch.exp(-_losses(self.targets(model, batch))[0])
+
+
+def perplexity(loss: float) -> float:
+    """What the loss per token amounts to: choosing among so many equally likely tokens."""
+    return math.exp(min(loss, 700.0))
+
+
+
+
+def _losses(found: Targets) -> tuple[torch.Tensor, torch.Tensor]:
+    """Negative log likelihood `[targets]`, float64, and whether the target was likeliest; logits are read chunk by chunk."""
+    losses, right = [], []
+    for logits, tokens in zip(found.logits.split(_CHUNK), found.tokens.split(_CHUNK), strict=True):
+        losses.append(F.cross_entropy(logits.double(), tokens, reduction="none"))
+        right.append(logits.argmax(dim=-1) == tokens)
+    return torch.cat(losses), torch.cat(right)
