@@ -8,6 +8,7 @@ import random
 import pytest
 
 from afina.data.conll import read_conll
+from afina.data.read import read_table
 from afina.errors import DataError
 
 SENTENCES = [
@@ -100,14 +101,10 @@ def test_other_forms_are_left_to_others(tmp_path, name, text):
 def test_a_folder_of_sides(tmp_path):
     for name, chosen in (("train", SENTENCES), ("dev", SENTENCES[:1]), ("test", SENTENCES[1:])):
         written(tmp_path, "\n\n".join("\n".join(f"{w}\t{t}" for w, t in s) for s in chosen), f"{name}.conll")
-    table = read_conll(tmp_path)
+    table = read_table(tmp_path, read=read_conll)
     assert table.sides == ["train"] * 3 + ["validation"] + ["test"] * 2
     assert table.lines == ["train.conll:1", "train.conll:7", "train.conll:9", "dev.conll:1", "test.conll:1", "test.conll:3"]
     assert sentences(table) == [*SENTENCES, *SENTENCES[:1], *SENTENCES[1:]]
-    written(tmp_path, "a O O\n\nb O O", "test.conll")
-    with pytest.raises(DataError, match=r"test\.conll has the columns tokens, 2, tags; dev|train\.conll"):
-        read_conll(tmp_path)
-    (tmp_path / "test.conll").rename(tmp_path / "test.csv")
     assert read_conll(tmp_path) is None
     assert read_conll(tmp_path / "absent.conll") is None
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from afina.data.read import read_table
 from afina.data.squad import parsed_answers, read_squad
 from afina.errors import DataError
 
@@ -74,7 +75,7 @@ def test_other_forms_are_left_to_others(tmp_path, content, name):
 def test_a_folder_of_sides(tmp_path):
     for name in ("train", "dev"):
         written(tmp_path, squad(paragraph()), f"{name}.json")
-    table = read_squad(tmp_path)
+    table = read_table(tmp_path, read=read_squad)
     assert (table.sides, table.lines) == (["train", "validation"], ["train.json:1", "dev.json:1"])
 
 

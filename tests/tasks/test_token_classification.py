@@ -148,10 +148,11 @@ def test_t29_tags_that_differ_in_case_alone_are_refused():
 
 def test_the_scheme_is_said_and_broken_texts_are_counted(base):
     rows = [*rows_of(11), {"text": "in Köln", "label": "O I-place"}, {"text": "Ana Köln", "label": "B-person I-place"}]
-    task, *_ = made("token_classification", base, rows)
+    task, _, encoded = made("token_classification", base, rows)
     assert task.learned["labels"][0] == "O"
-    assert task.notes()[0] == "tags: IOB2"
-    assert task.notes()[1].startswith("2 texts have tags that break IOB2")
+    notes = task.encode(encoded.examples, None, 127).notes
+    assert notes[0] == "tags: IOB2"
+    assert notes[1].startswith("2 texts have tags that break IOB2")
 
 
 # --- training and answers

@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from afina.data.sides import read_sides
 from afina.data.table import Table, decoded
 from afina.errors import DataError, Problems
 
@@ -27,11 +26,8 @@ _WRONG = 5  # lines named in an error
 def read_conll(path: Path) -> Table | None:
     """Sentences, each a row with the JSON lists `tokens` and `tags`; columns between these two are called 2, 3, ...
 
-    A folder is one of files named by side (`train.conll`, `dev.conll`, `test.conll`). None where the file is of another
-    form. Raises DataError with every line that does not fit.
+    None where the file is of another form. Raises DataError with every line that does not fit.
     """
-    if path.is_dir():
-        return read_sides(path, read_conll)
     ending = path.suffix.lower()
     if ending in OTHERS or not path.is_file():
         return None

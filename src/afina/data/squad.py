@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from afina.data.sides import read_sides
 from afina.data.table import Table, decoded
 from afina.errors import DataError, Problems
 
@@ -26,8 +25,6 @@ def read_squad(path: Path) -> Table | None:
 
     None where the file is no JSON in SQuAD's layout. Raises DataError with every place that lacks something.
     """
-    if path.is_dir():
-        return read_sides(path, read_squad)
     if path.suffix.lower() != ".json" or not path.is_file():
         return None
     text, encoding, notes = decoded(path)

@@ -8,6 +8,7 @@ it is cut out of the context as it stands there, by the tokenizer's offsets.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -131,7 +132,7 @@ class QuestionAnswering(Task):
         moved = [e.line for e in (*train, *others) if e.value.moved]
         return {"unanswerable": not all(e.value.answers for e in train), "moved": len(moved)}
 
-    def notes(self) -> list[str]:
+    def _notes(self) -> list[str]:
         """What was found out about the rows."""
         said = []
         if moved := self.learned.get("moved", 0):
@@ -175,7 +176,7 @@ class QuestionAnswering(Task):
             cls = self.tokenizer.cls_token_id
             feature: Feature = {
                 "input_ids": ids, "row": int(row), "context": [first, last],
-                "offsets": [list(span) for span in windows["offset_mapping"][i][first:last]],
+                "offsets": [letter for span in windows["offset_mapping"][i][first:last] for letter in span],
                 "null": ids.index(cls) if cls in ids else 0,
             }  # fmt: skip
             if types:
@@ -185,7 +186,7 @@ class QuestionAnswering(Task):
         if missing:
             lines = shortened(examples[i].line for i in missing)
             raise DataError(f"{len(missing)} contexts (line {lines}) hold nothing that the tokenizer reads; remove them")
-        return Encoded(features, self._aim(examples, features), max_length)
+        return Encoded(features, self._aim(examples, features), max_length, self._notes())
 
     def _stride(self, examples: Sequence[Example], lengths: Sequence[int], max_length: int) -> int:
         """Tokens that windows share. Raises ConfigError where the questions leave no room for the context."""
@@ -207,8 +208,8 @@ class QuestionAnswering(Task):
         reached: set[int] = set()
         read: dict[int, tuple[int, int]] = {}  # first and last character that any window of an example holds
         for feature in features:
-            first, last = read.get(feature["row"], (feature["offsets"][0][0], 0))
-            read[feature["row"]] = min(first, feature["offsets"][0][0]), max(last, feature["offsets"][-1][1])
+            first, last = read.get(feature["row"], (feature["offsets"][0], 0))
+            read[feature["row"]] = min(first, feature["offsets"][0]), max(last, feature["offsets"][-1])
         for feature in features:
             example = examples[feature["row"]]
             if example.label:
@@ -230,11 +231,11 @@ class QuestionAnswering(Task):
         """
         (text, start), (low, high) = answer, read
         end = start + len(text)
-        inside = [i for i, (a, b) in enumerate(feature["offsets"]) if a < end and b > start]
+        begins, ends = feature["offsets"][::2], feature["offsets"][1::2]
+        inside = [i for i, (a, b) in enumerate(zip(begins, ends, strict=True)) if a < end and b > start]
         if not inside or len(inside) > self.options.max_answer_tokens:
             return None
-        begins, ends = feature["offsets"][0][0], feature["offsets"][-1][1]
-        whole = begins <= max(start, low) and ends >= min(end, high)
+        whole = begins[0] <= max(start, low) and ends[-1] >= min(end, high)
         first = feature["context"][0]
         return (first + inside[0], first + inside[-1]) if whole else None
 
@@ -324,11 +325,13 @@ class QuestionAnswering(Task):
         if self.unanswerable and none > score:
             return Found("", 0, 0, least, least, loss)
         context, offset = example.value.context, feature["context"][0]
-        start, end = feature["offsets"][first - offset][0], feature["offsets"][last - offset][1]
+        start, end = feature["offsets"][2 * (first - offset)], feature["offsets"][2 * (last - offset) + 1]
         while start < end and context[start].isspace():
             start += 1
         while end > start and context[end - 1].isspace():
             end -= 1
+        while end < len(context) and unicodedata.category(context[end])[0] == "M":
+            end += 1  # accents written as letters of their own, which some tokenizers drop
         return Found(context[start:end], start, end, float(np.exp(score - everything)), least, loss)
 
     def metrics(self, answers: Sequence[Any], examples: Sequence[Example]) -> dict[str, Any]:

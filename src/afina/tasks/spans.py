@@ -61,7 +61,7 @@ def _f1(found: list[str], true: list[str]) -> float:
 
 def best_overlap(question: str, context: str) -> tuple[int, int]:
     """Where the guess of a sliding window begins and ends: of the stretches of words that are not in the question, the one
-    with most of the question's rare words close by (after Richardson et al. 2013)."""
+    with most of the question's rare words close by in its sentence (after Richardson et al. 2013)."""
     words = [(m.start(), m.end(), m[0].casefold()) for m in re.finditer(r"\w+", context)]
     if not words:
         return 0, 0
@@ -69,6 +69,7 @@ def best_overlap(question: str, context: str) -> tuple[int, int]:
     asked = set(re.findall(r"\w+", question.casefold()))
     weight = [math.log(1 + len(words) / counts[word]) if word in asked else 0.0 for _, _, word in words]
     best, chosen = -1.0, (0, 0)
+    sentence = [len(re.findall(r"[.!?](?=\s)", context[: start])) for start, _, _ in words]
     first = 0
     while first < len(words):
         last = first
@@ -78,12 +79,11 @@ def best_overlap(question: str, context: str) -> tuple[int, int]:
         ):  # fmt: skip
             last += 1
         if not weight[first]:
-            near = range(max(0, first - _NEAR), min(len(words), last + 1 + _NEAR))
             closeness: dict[str, float] = {}
-            for i in near:
-                distance = max(first - i, i - last, 0)
-                if weight[i]:
-                    closeness[words[i][2]] = max(closeness.get(words[i][2], 0.0), weight[i] / (1 + distance / _NEAR))
+            for i in range(max(0, first - _NEAR), min(len(words), last + 1 + _NEAR)):
+                if weight[i] and sentence[i] == sentence[first]:
+                    near = weight[i] / (1 + max(first - i, i - last, 0) / _NEAR)
+                    closeness[words[i][2]] = max(closeness.get(words[i][2], 0.0), near)
             if sum(closeness.values()) > best:
                 best, chosen = sum(closeness.values()), (first, last)
         first = last + 1

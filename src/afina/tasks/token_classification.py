@@ -130,7 +130,7 @@ class TokenClassification(Task):
         labels = sorted(counts, key=lambda tag: (-counts[tag], tag))
         return {"labels": labels, "scheme": scheme.name, "illegal": illegal}
 
-    def notes(self) -> list[str]:
+    def _notes(self) -> list[str]:
         """What was found out about the tags."""
         how = {"IO": "plain tags and O: neighbouring words of one tag are one entity", "plain": "plain tags, one a word"}
         said = [f"tags: {how.get(self.scheme.name, self.scheme.name)}"]
@@ -182,7 +182,7 @@ class TokenClassification(Task):
                 f"{len(unread)} texts (line {lines}) have no word that the tokenizer reads, for example "
                 f"{unread[0].text[:60]!r}; remove them"
             )
-        return Encoded(features, cut, length)
+        return Encoded(features, cut, length, self._notes())
 
     def collate(self, features: Sequence[Feature]) -> Batch:
         """Ids and mask, and `words`: number of the word that a token begins, else -1; labels where there are. All
