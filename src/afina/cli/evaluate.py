@@ -31,7 +31,7 @@ def evaluate(
     given = {"text": text, "text_pair": text_pair, "label": label}
     names = {role: given[role] or column for role, column in trained.columns.items()}
     path = data or run / "data" / "test.csv"
-    rows = read_table(path, set(names.values()))
+    rows = read_table(path, set(names.values()), read=trained.task.kind.read)
     problems = Problems("afina evaluate")
     for role, name in names.items():
         if missing := rows.missing(name):

@@ -56,7 +56,7 @@ def predict(
         from afina.data.read import read_table
 
         asked |= {role: name for role, name in (("text", column), ("text_pair", pair_column)) if name}
-        read = read_table(data, set(asked.values()))
+        read = read_table(data, set(asked.values()), read=trained.task.kind.read)
         for role, name in asked.items():
             if missing := read.missing(name):
                 problems.add(f"--data: {missing} Say which with --{'column' if role == 'text' else 'pair-column'}.")
@@ -66,6 +66,8 @@ def predict(
         rows = [{"text": one} for one in text or []]
         for row, other in zip(rows, text_pair or [], strict=False):
             row["text_pair"] = other
+        if text_pair and "text_pair" not in trained.task.kind.columns:
+            raise ConfigError(f"--text-pair: {trained.task.name} reads one text, not two")
         if "text_pair" in asked and not text_pair and trained.task.kind.columns["text_pair"].required:
             raise ConfigError(f"--text-pair is missing: {trained.task.kind.columns['text_pair'].help}")
     examples = trained.examples(rows, read.lines if read else ())

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from afina.data.example import Example, Kind
+from afina.data.example import Column, Example, Kind
 from afina.data.table import Table
 from afina.errors import DataError, Problems
 
-__all__ = ["made"]
+__all__ = ["in_cell", "made"]
 
 _TOLD = 5  # rows named in an error
 
@@ -25,7 +25,7 @@ def made(table: Table, kind: Kind, columns: Mapping[str, str]) -> tuple[dict[int
     wrong: list[str] = []
     labelled = kind.labels != "none"
     for i, (line, cells) in enumerate(zip(table.lines, table.rows, strict=True)):
-        row = {role: cells[column].strip() for role, column in columns.items()}
+        row = {role: in_cell(cells[column], kind.columns[role]) for role, column in columns.items()}
         given = {role: value for role, value in row.items() if value or role != "label"}
         lacks_text = not any(value for role, value in given.items() if role != "label")
         lacks_label = labelled and "label" in columns and "label" not in given
@@ -50,6 +50,11 @@ def made(table: Table, kind: Kind, columns: Mapping[str, str]) -> tuple[dict[int
     more = len(wrong) - _TOLD
     problems.raise_as(DataError, f"{more} more row{'s are' if more > 1 else ' is'} like that." if more > 0 else "")
     return examples, without_text, without_label
+
+
+def in_cell(value: str, column: Column) -> str:
+    """The text of a cell without white space around it, which stays where offsets may point into the text."""
+    return value.strip() if column.repair or not value.strip() else value
 
 
 def _place(line: int | str) -> str:

@@ -67,7 +67,7 @@ class QuestionOptions:
 
 def make(row: Mapping[str, str], line: int | str) -> Example:
     """A question, its context, and its answers as `parsed_answers` takes them."""
-    question, context, label = row["text"], row.get("text_pair", ""), row.get("label", "")
+    question, context, label = row["text"], row.get("text_pair", ""), row.get("label", "").strip()
     if question.strip() and not context.strip():
         raise ValueError("the context is empty")
     answers, moved = [], False

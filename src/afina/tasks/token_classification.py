@@ -51,9 +51,9 @@ class Tagged:
 
 def make(row: Mapping[str, str], line: int | str) -> Example:
     """A list of words and a list of as many tags, both as JSON or separated by white space; without tags, any text."""
-    text, label = row["text"], row.get("label", "")
-    words, tags = _listed(text), _listed(label)
-    if words is None and label and text.startswith("[") and text.endswith("]"):
+    text, label = row["text"], row.get("label", "").strip()
+    words, tags = _listed(text.strip()), _listed(label)
+    if words is None and label and text.strip().startswith("[") and text.strip().endswith("]"):
         raise ValueError(f'{text[:40]!r} is no JSON list of words; expected ["a", "list", "of", "words"], in double quotes')
     if words is None and not label:
         plain = split_words(text)

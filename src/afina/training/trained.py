@@ -10,6 +10,7 @@ from typing import Any
 
 from afina.data.clean import normalised
 from afina.data.example import Example
+from afina.data.made import in_cell
 from afina.errors import CheckpointError, DataError, Problems, shortened
 from afina.model import PeftModel
 from afina.tasks.catalogue import task_from_settings
@@ -65,7 +66,7 @@ class TrainedRun:
         labels = {normalised(label): label for label in self.task.labels} if self.task.kind.labels == "class" else {}
         unknown = set()
         for line, row in zip(lines or range(1, len(rows) + 1), rows, strict=True):
-            row = {role: text.strip() for role, text in row.items()}
+            row = {role: in_cell(text, self.task.kind.columns[role]) for role, text in row.items()}
             try:
                 example = self.task.kind.make(row, line) if row["text"] else Example("", "", line)
             except ValueError as error:
