@@ -1,4 +1,4 @@
-"""Line charts and reliability diagrams as inline SVG; colours come from the page's style sheet, so both schemes work."""
+"""Lines, points, bars and reliability diagrams as inline SVG; colours are the style sheet's, so both schemes work."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from afina.report.markup import Markup, el
 from afina.report.statistics import Bin, wilson
 
-__all__ = ["Line", "chart", "reliability", "smoothed", "thinned"]
+__all__ = ["Line", "bars", "chart", "reliability", "scatter", "smoothed", "thinned"]
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 270, 64, 14, 14, 44
 Point = tuple[float, float]
@@ -130,15 +130,62 @@ def chart(
     return _figure(title, described, drawn, [(line.name, line.style) for line in lines])
 
 
-def reliability(bins: Sequence[Bin], described: str) -> Markup:
+def reliability(bins: Sequence[Bin], described: str, title: str, x_name: str) -> Markup:
     """How often answers of each confidence are right, with 95 % intervals, beside the diagonal of a model that is honest."""
     ticks = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    drawn, at_x, at_y = _frame(ticks, ticks, "probability the model gave its answer", lambda y: f"{y:.0%}")
+    drawn, at_x, at_y = _frame(ticks, ticks, x_name, lambda y: f"{y:.0%}")
     drawn.append(el("line", x1=at_x(0), y1=at_y(0), x2=at_x(1), y2=at_y(1), class_="line faint"))
     for b in bins:
         low, high = wilson(b.hits, b.rows)
         x, y = at_x(b.confidence), at_y(b.hits / b.rows)
         drawn.append(el("line", x1=x, x2=x, y1=at_y(low), y2=at_y(high), class_="line a thin"))
         drawn.append(el("circle", cx=x, cy=y, r=5, class_="dot a"))
-    legend = [("share that is right, 95 % interval", "a"), ("as promised", "faint")]
-    return _figure("Share of right answers by probability", described, drawn, legend)
+    legend = [("share, 95 % interval", "a"), ("as promised", "faint")]
+    return _figure(title, described, drawn, legend)
+
+
+def scatter(title: str, points: Sequence[Point], *, x_name: str, y_name: str, described: str, most: int = 1500) -> Markup:
+    """Points beside the diagonal on which both numbers are the same; at most `most` of them, evenly taken."""
+    every = [p for p in points if all(map(math.isfinite, p))]
+    if not every:
+        return el("figure", el("figcaption", title), el("p", "there are no numbers to draw", class_="note"))
+    shown = thinned(every, most)
+    low, high = min(map(min, every)), max(map(max, every))
+    ticks = _ticks(low, high if high > low else low + (abs(low) or 1.0) * 0.1)
+    drawn, at_x, at_y = _frame(ticks, ticks, x_name, _plain)
+    ends = {"x1": at_x(ticks[0]), "y1": at_y(ticks[0]), "x2": at_x(ticks[-1]), "y2": at_y(ticks[-1])}
+    drawn.append(el("line", **ends, class_="line faint"))
+    radius = 3.5 if len(shown) < 300 else 2
+    drawn += [el("circle", cx=at_x(x), cy=at_y(y), r=radius, class_="dot a many") for x, y in shown]
+    left = f" ({len(shown):,} of {len(every):,} rows)" if len(shown) < len(every) else ""
+    return _figure(f"{title}{left}", described, drawn, [(y_name, "a"), ("both the same", "faint")])
+
+
+def bars(
+    title: str,
+    edges: Sequence[float],
+    counts: Sequence[int],
+    *,
+    x_name: str,
+    described: str,
+    mark: float | None = None,
+    marked: str = "",
+) -> Markup:
+    """A histogram: `counts` between neighbouring `edges`; `mark` is a place on the x axis and `marked` what it means."""
+    ys = _ticks(0, max(counts, default=0) or 1)
+    low, high = edges[0], max(edges[-1], mark or edges[-1])
+    xs = [x for x in _ticks(low, high) if low <= x <= high] or [low]
+    xs = [low, *(x for x in xs if x > low + (high - low) * 0.04)]
+    xs = [*(x for x in xs if x < high - (high - low) * 0.04), high]
+    drawn, at_x, at_y = _frame(xs, ys, x_name, lambda y: f"{y:,.6g}")
+    for left, right, count in zip(edges, edges[1:], counts, strict=False):
+        if count:
+            x, y = at_x(left), at_y(count)
+            width = max(1.0, round(at_x(right) - x - 1, 1))
+            drawn.append(el("rect", x=x, y=y, width=width, height=round(at_y(0) - y, 1), class_="bar own"))
+    if mark is not None:
+        x = at_x(mark)
+        drawn.append(el("line", x1=x, x2=x, y1=TOP, y2=HEIGHT - BOTTOM, class_="best"))
+        place = {"x": x - 5, "text_anchor": "end"} if x > WIDTH * 0.6 else {"x": x + 5, "text_anchor": "start"}
+        drawn.append(el("text", marked, y=TOP + 10, class_="best", **place))
+    return _figure(title, described, drawn, [])

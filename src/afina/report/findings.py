@@ -41,8 +41,8 @@ def findings(run: RunFolder) -> Markup:
         share = truncated / max(1, data["kept"])
         found.append(f"{counted(truncated, 'text')} ({percent(share)}) were cut off after {data.get('max_length')} tokens")
     counts: dict[str, int] = data["classes"]
-    most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
-    if counts[most] >= _UNEVEN * counts[least]:
+    most, least = (choose(counts, key=counts.__getitem__, default="") for choose in (max, min))
+    if counts and counts[most] >= _UNEVEN * counts[least]:
         found.append(
             f"The classes are uneven: “{cut(most)}” has {counts[most]:,} rows, “{cut(least)}” {counts[least]:,}. Accuracy "
             "says little of the rare classes; look at macro F1 and at recall"
@@ -61,7 +61,7 @@ def findings(run: RunFolder) -> Markup:
     recipe = run.recipe["data"]
     pairs: list[tuple[str, Node]] = [
         ("file", str(data.get("file") or recipe.get("file", ""))),
-        ("columns", f"text “{cut(recipe['text'])}”, label “{cut(recipe['label'])}”"),
+        ("columns", ", ".join(f"{role.replace('_', ' ')} “{cut(name)}”" for role, name in data["columns"].items())),
         ("rows", f"{data['rows']:,} read, {data['kept']:,} used"),
     ]
     return el("div", definitions(pairs), listed)

@@ -1,6 +1,6 @@
 """A run folder, read for a report: every file that is missing, broken or at odds with another is told together.
 
-Nothing of torch or of the model is loaded. Probabilities lie in one array `[test rows, classes]`.
+Nothing of torch or of the model is loaded. What a task's rows hold beyond this is read in `answers.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import io
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +19,53 @@ import numpy as np
 import yaml
 
 from afina.errors import CheckpointError, Problems
+from afina.report.words import percent
 
-__all__ = ["Answers", "RunFolder", "read_run"]
+__all__ = ["Row", "RunFolder", "Shown", "read_run"]
 
+_NUMBER = (int, float)
 _NEEDED: dict[str, dict[str, type | tuple[type, ...]]] = {
     "metrics.json": {
-        "test.rows": int, "test.accuracy": (int, float), "test.macro_f1": (int, float), "test.loss": (int, float),
-        "test.per_class": dict, "test.confusion": list, "test.labels": list, "validation": dict, "baselines": dict,
-        "train.seconds": (int, float), "train.best_epoch": (int, float), "train.trainable_parameters": int,
+        "task.name": str, "figures": dict, "test.rows": int, "test.loss": _NUMBER, "validation": dict, "baselines": dict,
+        "train.seconds": _NUMBER, "train.best_epoch": _NUMBER, "train.trainable_parameters": int,
         "train.total_parameters": int, "versions": dict,
     },
-    "recipe.yaml": {"model": str, "data.text": str, "data.label": str, "method.name": str, "training": dict},
-    "data/data_report.json": {"splits": dict, "classes": dict, "rows": int, "kept": int},
+    "recipe.yaml": {"model": str, "data": dict, "method.name": str, "training": dict},
+    "data/data_report.json": {"columns": dict, "splits": dict, "classes": dict, "rows": int, "kept": int},
     "adapter/adapter_config.json": {"peft_type": str},
 }  # fmt: skip
-_FIXED = ("line", None, None, "answer", "right")  # columns of predictions.csv before the probabilities; None: the recipe's
+# The figure that is the share of rows that are right, where a task has one.
+_SHARE_RIGHT = {"sequence_classification": "accuracy", "multi_label_classification": "subset_accuracy",
+                "question_answering": "exact_match"}  # fmt: skip
+_SURE = ("sequence_classification", "multi_label_classification")  # tasks that say the probability of every label
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How a figure of the task is shown; as `Figure` there."""
+
+    title: str
+    form: str = ".3f"
+    better: int = 1
+
+    def said(self, value: Any) -> str:
+        """The figure as text; a dash where there is none."""
+        if value is None:
+            return "-"
+        if self.form.endswith("%"):
+            return percent(value, int(self.form.strip(".%") or 1))
+        return format(value, self.form)
 
 
 @dataclass
-class Answers:
-    """The test rows with what the model said, in file order."""
+class Row:
+    """One test row: its cells by role (text, text_pair, label), the answer, and what else the task says of it."""
 
-    lines: list[str]
-    texts: list[str]
-    truth: np.ndarray  # class numbers [rows]
-    answer: np.ndarray  # class numbers [rows]
-    probabilities: np.ndarray  # [rows, classes]
-
-    @property
-    def right(self) -> np.ndarray:
-        """Whether each answer is the label."""
-        return self.truth == self.answer
+    line: str
+    given: dict[str, str]
+    answer: str
+    right: bool | None
+    more: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -62,13 +79,52 @@ class RunFolder:
     adapter: dict[str, Any]
     adapter_bytes: int
     steps: list[dict[str, Any]]  # of log.jsonl: one line a step ...
-    epochs: list[dict[str, Any]]  # ... and one line an epoch
-    answers: Answers
+    epochs: list[dict[str, Any]]  # ... and one line an evaluation
+    rows: list[Row] = field(default_factory=list)  # of predictions.csv
+
+    @property
+    def task(self) -> str:
+        """Name of the task."""
+        return str(self.metrics["task"]["name"])
 
     @property
     def labels(self) -> list[str]:
-        """The classes, in the order of the model's outputs."""
-        return [str(label) for label in self.metrics["test"]["labels"]]
+        """The classes, in the order of the model's outputs; none where the task has none."""
+        return [str(label) for label in self.metrics["task"].get("labels", [])]
+
+    @property
+    def test(self) -> dict[str, Any]:
+        """Figures of the test rows."""
+        return dict(self.metrics["test"])
+
+    @cached_property
+    def figures(self) -> dict[str, Shown]:
+        """The figures of the task that were measured, the most telling first."""
+        known = Shown.__dataclass_fields__
+        made = {key: Shown(**{k: v for k, v in said.items() if k in known}) for key, said in self.metrics["figures"].items()}
+        return {key: shown for key, shown in made.items() if key in self.test}
+
+    @property
+    def baselines(self) -> dict[str, dict[str, Any]]:
+        """Figures of answers that were not learned here, by their titles."""
+        return {str(made.get("title", key)): made for key, made in self.metrics["baselines"].items()}
+
+    @property
+    def right(self) -> np.ndarray | None:
+        """Whether each answer is right `[rows]`; None where that is no question of yes and no."""
+        if not self.rows or any(row.right is None for row in self.rows):
+            return None
+        return np.array([bool(row.right) for row in self.rows])
+
+    @cached_property
+    def probabilities(self) -> np.ndarray:
+        """Of each label `[rows, labels]`."""
+        return np.array([[float(row.more[f"p({label})"]) for label in self.labels] for row in self.rows])
+
+    def numbers_of(self, cells: list[str]) -> np.ndarray:
+        """Places of labels in the order of the outputs `[cells]`."""
+        place = {label: i for i, label in enumerate(self.labels)}
+        return np.array([place[cell] for cell in cells], dtype=int)
 
 
 def read_run(path: Path) -> RunFolder:
@@ -90,17 +146,19 @@ def read_run(path: Path) -> RunFolder:
     if not weights:
         problems.add("adapter/adapter_model.safetensors is missing")
     found = {name: _parsed(name, texts[name], problems) for name in _NEEDED if name in texts}
-    task = ((found.get("recipe.yaml") or {}).get("task") or {}).get("name")
-    if task != "sequence_classification":
-        problems.add(f"its task is {task}; reports are made of sequence_classification")
     steps, epochs = _log(texts["log.jsonl"], problems) if "log.jsonl" in texts else ([], [])
     problems.raise_as(CheckpointError, _cure(path))
     run = RunFolder(
         path, found["recipe.yaml"], found["metrics.json"], found["data/data_report.json"],
         found["adapter/adapter_config.json"], sum(p.stat().st_size for p in weights), steps, epochs,
-        Answers([], [], np.zeros(0, int), np.zeros(0, int), np.zeros((0, 0))),
     )  # fmt: skip
-    run.answers = _answers(run, texts["predictions.csv"], problems)
+    for key, said in run.metrics["figures"].items():
+        if not isinstance(said, Mapping) or "title" not in said:
+            problems.add(f"metrics.json: figures.{key} is {str(said)[:40]!r}")
+    if not set(run.metrics["figures"]) & set(run.test):
+        problems.add(f"metrics.json lacks test.{next(iter(run.metrics['figures']), 'figures')}")
+    problems.raise_as(CheckpointError, _cure(path))
+    run.rows = _rows(run, texts["predictions.csv"], problems)
     problems.raise_as(CheckpointError, _cure(path))
     return run
 
@@ -147,47 +205,51 @@ def _log(text: str, problems: Problems) -> tuple[list[dict[str, Any]], list[dict
     return steps, epochs
 
 
-def _answers(run: RunFolder, text: str, problems: Problems) -> Answers:
-    """The test rows; what they say together must be what metrics.json says."""
-    name, labels, data = "predictions.csv", run.labels, run.recipe["data"]
-    fixed = [column or data[key] for column, key in zip(_FIXED, ("", "text", "label", "", ""), strict=True)]
-    expected = [*fixed, *(f"p({label})" for label in labels)]
+def _rows(run: RunFolder, text: str, problems: Problems) -> list[Row]:
+    """The test rows; what they say together must be what metrics.json says. Columns are told by their places, since a
+    column of the user's file may have any name."""
+    name, roles = "predictions.csv", [str(role) for role in run.data["columns"]]
+    expected = ["line", *(str(column) for column in run.data["columns"].values()), "answer"]
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    number = {label: i for i, label in enumerate(labels)}
-    answers = run.answers
-    rows: list[list[str]] = []
     try:
-        rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
+        head, *lines = list(csv.reader(io.StringIO(text, newline=""), strict=True)) or [[]]
     except csv.Error as error:
         problems.add(f"{name} is broken: {error}")
-        return answers
-    if not rows or rows[0] != expected:
-        found = ", ".join(rows[0])[:200] if rows else "nothing"
-        problems.add(f"{name} has the columns {found}; expected {', '.join(expected)[:200]}")
-        return answers
-    truth, answer, probabilities = [], [], []
-    for i, row in enumerate(rows[1:], 2):
+        return []
+    more = head[len(expected) :]
+    judged = more[:1] == ["right"]
+    names = more[judged:]
+    sure = [f"p({label})" for label in run.labels] if run.task in _SURE else []
+    if head[: len(expected)] != expected or names[: len(sure)] != sure:
+        found, wanted = ", ".join(head)[:200] or "nothing", ", ".join([*expected, *sure])[:200]
+        problems.add(f"{name} has the columns {found}; expected {wanted}")
+        return []
+    known, rows = set(run.labels), list[Row]()
+    for i, line in enumerate(lines, 2):
+        given = dict(zip(roles, line[1:], strict=False))
+        row = Row(line[0] if line else "", given, line[len(expected) - 1] if len(line) == len(head) else "", None)
+        row.more = dict(zip(names, line[len(expected) + judged :], strict=False))
+        row.right = (line[len(expected)] == "yes") if judged and len(line) == len(head) else None
+        wrong = f"{len(line)} fields, not {len(head)}" if len(line) != len(head) else ""
+        if not wrong and run.task == "sequence_classification":
+            wrong = next((f"no class {x[:40]!r}" for x in (given["label"], row.answer) if x not in known), "")
         try:
-            if len(row) != len(expected):
-                raise ValueError(f"{len(row)} fields, not {len(expected)}")
-            answers.lines.append(row[0])
-            answers.texts.append(row[1])
-            truth.append(number[row[2]])
-            answer.append(number[row[3]])
-            probabilities.append([float(p) for p in row[len(_FIXED) :]])
+            [float(row.more[column]) for column in sure]
         except (ValueError, KeyError) as error:
-            problems.add(f"{name}, record {i} is broken: {error}")
-            return answers
-    if not truth:
+            wrong = wrong or str(error)
+        if wrong:
+            problems.add(f"{name}, record {i} is broken: {wrong}")
+            return []
+        rows.append(row)
+    if not rows:
         problems.add(f"{name} has no rows")
-        return answers
-    answers.truth, answers.answer = np.array(truth), np.array(answer)
-    answers.probabilities = np.array(probabilities)
-    test = run.metrics["test"]
-    right = int(answers.right.sum())
-    if len(truth) != test["rows"] or abs(right / len(truth) - test["accuracy"]) > 1e-6:
-        problems.add(
-            f"{name} has {right} of {len(truth)} rows right, metrics.json says {test['accuracy']:.4f} of {test['rows']}: "
-            "the two are not of the same run"
-        )
-    return answers
+    elif len(rows) != run.test["rows"]:
+        problems.add(f"{name} has {len(rows)} rows, metrics.json says {run.test['rows']}: the two are not of the same run")
+    elif (key := _SHARE_RIGHT.get(run.task)) in run.test and judged:
+        right = sum(bool(row.right) for row in rows)
+        if abs(right / len(rows) - run.test[key]) > 1e-6:
+            problems.add(
+                f"{name} has {right} of {len(rows)} rows right, metrics.json says {run.test[key]:.4f}: the two are not of "
+                "the same run"
+            )
+    return rows

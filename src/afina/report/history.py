@@ -14,6 +14,7 @@ __all__ = ["cost", "curves", "definitions", "trained"]
 
 _MANY = 20
 _MOST = 200
+_STYLES = ("a", "b", "c", "d")
 
 
 def definitions(pairs: Sequence[tuple[str, Node]]) -> Markup:
@@ -29,20 +30,25 @@ def trained(run: RunFolder) -> Markup:
     options = ", ".join(f"{k}={cut(', '.join(map(str, v)) if isinstance(v, list) else v, 80)}" for k, v in said.items())
     share = train["trainable_parameters"] / max(1, train["total_parameters"])
     settings = recipe["training"]
+    best = settings.get("best") or next(iter(run.figures))
+    task = {k: v for k, v in run.metrics["task"].get("options", {}).items() if v not in (None, "", False)}
     shown = {k: settings[k] for k in ("epochs", "batch_size", "learning_rate", "max_length", "seed") if k in settings}
     base = run.adapter.get("base_model_name_or_path")
     name = f"{recipe['model']} ({base})" if base and base != recipe["model"] else recipe["model"]
     splits = run.data["splits"]
+    classes = [c for c in run.labels if any(c in s.get("classes", {}) for s in splits.values())]
     columns = ["rows", *splits, "all"]
     rows: list[list[Any]] = [
         [cut(label), *(f"{s['classes'].get(label, 0):,}" for s in splits.values()),
          f"{sum(s['classes'].get(label, 0) for s in splits.values()):,}"]
-        for label in run.labels
+        for label in classes
     ]  # fmt: skip
-    total = ["all classes", *(f"{s['rows']:,}" for s in splits.values()), f"{sum(s['rows'] for s in splits.values()):,}"]
+    total = ["all", *(f"{s['rows']:,}" for s in splits.values()), f"{sum(s['rows'] for s in splits.values()):,}"]
     numbers = range(1, len(columns))
     caption = "Rows of each class on each side of the split"
-    if len(rows) > _MANY:
+    if not rows:
+        counts = table("Rows on each side of the split", columns, [total], numbers=numbers)
+    elif len(rows) > _MANY:
         left = f", the first {_MOST} of {len(rows)} classes" if len(rows) > _MOST else ""
         every = table(caption + left, columns, rows[:_MOST], numbers=numbers)
         counts = el("div", table("Rows on each side of the split", columns, [total], numbers=numbers),
@@ -53,6 +59,7 @@ def trained(run: RunFolder) -> Markup:
         "div",
         definitions(
             [
+                ("task", ", ".join([run.task.replace("_", " "), *(f"{k}={cut(v, 40)}" for k, v in task.items())])),
                 ("model", name),
                 ("method", f"{recipe['method']['name']}{': ' if options else ''}{options}"),
                 (
@@ -61,7 +68,7 @@ def trained(run: RunFolder) -> Markup:
                 ),
                 ("adapter", f"{size(run.adapter_bytes)} on disk"),
                 ("settings", ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in shown.items())),
-                ("kept", f"epoch {train['best_epoch']}, the best {settings.get('best', 'score')} on the validation rows"),
+                ("kept", f"epoch {train['best_epoch']}, the best {_title(run, best)} on the validation rows"),
             ]
         ),
         counts,
@@ -81,33 +88,57 @@ def curves(run: RunFolder) -> Markup:
         Line("validation", losses, "b", marks=True),
     ]
     end = f"validation loss from {losses[0][1]:.3f} to {losses[-1][1]:.3f}" if losses else "no epoch was finished"
-    figures = [
-        Line(name, [(float(e["step"]), float(e[key])) for e in epochs if key in e], style, marks=True)
-        for name, key, style in (("accuracy", "validation_accuracy", "a"), ("macro F1", "validation_macro_f1", "b"))
-    ]
     rates = [(float(s["step"]), float(s["learning_rate"])) for s in steps if "learning_rate" in s]
+    keys = [key for key in run.figures if key != "loss" and any(_there(e, key) for e in epochs)]
     rows = [
         [f"{e['epoch']}{' (kept)' if e['epoch'] == kept else ''}", f"{e.get('train_loss', float('nan')):.3f}",
-         f"{e['validation_loss']:.3f}", percent(e.get("validation_accuracy", float("nan"))),
-         f"{e.get('validation_macro_f1', float('nan')):.3f}"]
+         f"{e['validation_loss']:.3f}", *(run.figures[key].said(e.get(f"validation_{key}")) for key in keys)]
         for e in epochs[-_MOST:]
     ]  # fmt: skip
+    columns = ["epoch", "training loss", "validation loss", *(run.figures[key].title for key in keys)]
     return el(
         "div",
         el("p", _went(epochs, kept)),
         el(
             "div",
             chart("Loss (lower is better)", lines, described=end, mark=mark, zero=True),
-            chart("On the validation rows after each epoch", figures, described="see the table below", mark=mark,
-                  show=lambda y: f"{y:.3g}"),
+            *_figures(run, keys, mark),
             chart("Learning rate", [Line("learning rate", thinned(rates), "a")], described="rises, then falls", zero=True,
                   show=lambda y: f"{y:.3g}"),
             class_="charts",
         ),
-        el("details", el("summary", "The figures of each epoch"),
-           table("Figures after each epoch", ["epoch", "training loss", "validation loss", "accuracy", "macro F1"], rows,
-                 numbers=range(1, 5))),
+        el("details", el("summary", "The figures of each evaluation"),
+           table("Figures of the validation rows after each evaluation", columns, rows, numbers=range(1, len(columns)))),
     )  # fmt: skip
+
+
+def _figures(run: RunFolder, keys: Sequence[str], mark: tuple[float, str] | None) -> list[Markup]:
+    """Charts of the validation figures: those between 0 and 1 together, each other one by itself."""
+    lines = {
+        key: [(float(e["step"]), float(e[f"validation_{key}"])) for e in run.epochs if _there(e, key)] for key in keys
+    }
+    shares = [k for k in keys if run.figures[k].better > 0 and all(-1 <= y <= 1 for _, y in lines[k])][: len(_STYLES)]
+    drawn = []
+    if shares:
+        styled = zip(shares, _STYLES, strict=False)
+        together = [Line(run.figures[k].title, lines[k], style, marks=True) for k, style in styled]
+        title = "On the validation rows (more is better)"
+        drawn.append(chart(title, together, described="see the table below", mark=mark, show=lambda y: f"{y:.3g}"))
+    for key in keys:
+        if key not in shares:
+            shown = run.figures[key]
+            title = f"{shown.title} on the validation rows ({'more' if shown.better > 0 else 'less'} is better)"
+            line = Line(shown.title, lines[key], "a", marks=True)
+            drawn.append(chart(title, [line], described="see the table below", mark=mark, show=lambda y: f"{y:.4g}"))
+    return drawn
+
+
+def _there(evaluation: dict[str, Any], key: str) -> bool:
+    return isinstance(evaluation.get(f"validation_{key}"), int | float)
+
+
+def _title(run: RunFolder, key: str) -> str:
+    return run.figures[key].title if key in run.figures else key
 
 
 def _went(epochs: Sequence[dict[str, Any]], kept: int) -> str:

@@ -6,40 +6,33 @@ what did it cost, how is it used. No script; figures are inline SVG.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from afina.core.files import write_atomically
-from afina.report.findings import findings
+from afina.report.answer import answer
 from afina.report.folder import RunFolder, read_run
-from afina.report.history import cost, curves, trained
 from afina.report.markup import Markup, cut, el
-from afina.report.mistakes import mistakes
-from afina.report.results import answer, calibrated, classes, confusions
+from afina.report.sections import sections
 from afina.report.style import CSS
-from afina.report.usage import usage
 
 __all__ = ["REPORT", "render", "write_report"]
 
 REPORT = "report.html"
-_SECTIONS: tuple[tuple[str, str, Callable[[RunFolder], Markup]], ...] = (
-    ("model", "What was trained on what", trained),
-    ("training", "How training went", curves),
-    ("confusions", "What is taken for what", confusions),
-    ("classes", "Each class", classes),
-    ("calibration", "Are the probabilities right?", calibrated),
-    ("mistakes", "The worst mistakes", mistakes),
-    ("data", "The data", findings),
-    ("cost", "What it cost", cost),
-    ("use", "How to use it", usage),
-)
+_FOR = {
+    "causal_lm": "to continue texts",
+    "question_answering": "to find answers in texts",
+    "regression": "to give texts a number",
+    "sentence_similarity": "to tell how alike texts are",
+    "seq2seq": "to turn texts into texts",
+}
 
 
 def render(run: RunFolder) -> str:
     """The whole page."""
     name = cut(run.path.resolve().name, 80)
     recipe = run.recipe
-    about = f"{cut(recipe['model'])} tuned with {cut(recipe['method']['name'])} to tell {len(run.labels)} classes apart"
+    about = f"{cut(recipe['model'])} tuned with {cut(recipe['method']['name'])} {_purpose(run)}"
+    parts = sections(run)
     # Nothing may be loaded, from anywhere, whatever a text holds.
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     head = el(
@@ -51,14 +44,25 @@ def render(run: RunFolder) -> str:
         el("style", Markup(CSS)),
         el("link", rel="icon", href="data:,"),
     )
-    links = (Markup(el("a", title, href=f"#{key}") + " ") for key, title, _ in _SECTIONS)
+    links = (Markup(el("a", part.title, href=f"#{part.key}") + " ") for part in parts)
     body = el(
         "body",
         el("header", el("h1", name, dir="auto"), el("p", about, class_="soft")),
         el("main", answer(run), el("nav", *links, aria_label="Sections"),
-           *(el("section", el("h2", title), make(run), id=key) for key, title, make in _SECTIONS)),
+           *(el("section", el("h2", part.title), part.body, id=part.key) for part in parts)),
     )  # fmt: skip
     return f'<!doctype html>\n<html lang="en">{head}{body}</html>\n'
+
+
+def _purpose(run: RunFolder) -> str:
+    """What the model is for."""
+    count = len(run.labels)
+    known = {
+        "multi_label_classification": f"to say which of {count} labels a text has",
+        "sequence_classification": f"to tell {count} classes apart",
+        "token_classification": f"to tag words with {count} tags",
+    }
+    return known.get(run.task) or _FOR.get(run.task, f"for {run.task.replace('_', ' ')}")
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["Markup", "Node", "cut", "el", "join", "table", "text_of_user"]
+__all__ = ["Markup", "Node", "cut", "el", "join", "table", "text_of_user", "texts_of_user"]
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 _LONG = 280  # characters of a text that are shown at once
@@ -55,6 +55,11 @@ def text_of_user(text: str) -> Markup:
     whole = text[:_FULL] + (f"… ({len(text) - _FULL:,} more characters)" if len(text) > _FULL else "")
     summary = el("summary", el("span", cut(text, _LONG), dir="auto"), " ", el("span", "whole text", class_="more"))
     return el("details", summary, el("p", whole, class_="text", dir="auto"), class_="long")
+
+
+def texts_of_user(given: Mapping[str, str]) -> Markup:
+    """The texts of a row, each in its own direction; its label is left out."""
+    return join(text_of_user(text) for role, text in given.items() if role != "label" and text)
 
 
 def table(

@@ -1,4 +1,4 @@
-"""The worst mistakes with their texts, and which of them may be wrong labels rather than wrong answers.
+"""The worst mistakes of classifiers with their texts, and which of them may be wrong labels rather than wrong answers.
 
 A label is suspected where the model is sure of another class and where, of all its answers of that class that are at least
 as sure, 99 % are right. It takes a hundred such answers to say that, so small test sets have no suspects; a cousin of
@@ -9,51 +9,54 @@ from __future__ import annotations
 
 import numpy as np
 
-from afina.report.folder import Answers, RunFolder
-from afina.report.markup import Markup, cut, el, text_of_user
+from afina.report.folder import RunFolder
+from afina.report.markup import Markup, Node, cut, el, texts_of_user
+from afina.report.scores import chosen_labels, true_labels
 from afina.report.words import counted, percent
 
-__all__ = ["mistakes", "suspected", "worst"]
+__all__ = ["mistaken_classes", "mistaken_labels", "suspected", "worst"]
 
 SHOWN = 20
 _SURE, _RIGHT = 0.8, 0.99
 
 
-def worst(answers: Answers) -> list[int]:
-    """Wrong rows, the most confident first."""
-    wrong = np.flatnonzero(~answers.right)
-    sure = answers.probabilities[wrong, answers.answer[wrong]]
+def worst(truth: np.ndarray, answer: np.ndarray, probabilities: np.ndarray) -> list[int]:
+    """Wrong rows, the most confident first; `truth` and `answer` are class numbers `[rows]`, `probabilities` theirs."""
+    wrong = np.flatnonzero(truth != answer)
+    sure = probabilities[wrong, answer[wrong]]
     return [int(i) for i in wrong[np.argsort(-sure, kind="stable")]]
 
 
-def suspected(answers: Answers) -> set[int]:
+def suspected(truth: np.ndarray, answer: np.ndarray, probabilities: np.ndarray) -> set[int]:
     """Wrong rows whose label may be the mistake."""
-    found = set()
-    for i in worst(answers):
-        said = int(answers.answer[i])
-        sure = answers.probabilities[i, said]
-        alike = (answers.answer == said) & (answers.probabilities[:, said] >= sure)
-        if sure >= _SURE and answers.right[alike].mean() >= _RIGHT:
+    found, right = set(), truth == answer
+    for i in worst(truth, answer, probabilities):
+        said = int(answer[i])
+        sure = probabilities[i, said]
+        alike = (answer == said) & (probabilities[:, said] >= sure)
+        if sure >= _SURE and right[alike].mean() >= _RIGHT:
             found.add(i)
     return found
 
 
-def mistakes(run: RunFolder) -> Markup:
-    """The list."""
-    answers, labels = run.answers, run.labels
-    order, doubtful = worst(answers), suspected(answers)
+def mistaken_classes(run: RunFolder) -> Markup:
+    """Wrong answers, the surest first."""
+    truth = run.numbers_of([row.given["label"] for row in run.rows])
+    answer = run.numbers_of([row.answer for row in run.rows])
+    read = (truth, answer, run.probabilities)
+    order, doubtful = worst(*read), suspected(*read)
     if not order:
-        return el("p", f"None: all {counted(len(answers.lines), 'test row')} are answered right.")
+        return el("p", f"None: all {counted(len(run.rows), 'test row')} are answered right.")
     items = []
     for i in order[:SHOWN]:
-        said, truth, share = answers.answer[i], answers.truth[i], answers.probabilities[i]
+        row, share = run.rows[i], run.probabilities[i]
         tag = [" · ", el("span", "label error?", class_="tag")] if i in doubtful else []
         items.append(
             el(
                 "li",
-                text_of_user(answers.texts[i]),
-                el("p", "answered ", el("b", cut(labels[said]), dir="auto"), f" {percent(share[said])}, label ",
-                   el("b", cut(labels[truth]), dir="auto"), f" {percent(share[truth])} · line {answers.lines[i]}",
+                texts_of_user(row.given),
+                el("p", "answered ", el("b", cut(row.answer), dir="auto"), f" {percent(share[answer[i]])}, label ",
+                   el("b", cut(row.given["label"]), dir="auto"), f" {percent(share[truth[i]])} · line {row.line}",
                    *tag, class_="verdict"),
                 class_="suspect" if i in doubtful else None,
             )
@@ -68,3 +71,33 @@ def mistakes(run: RunFolder) -> Markup:
         else ""
     )
     return el("div", el("p", f"{shown}, with the line of the data file.{sure}{hint}"), el("ol", *items, class_="mistakes"))
+
+
+def mistaken_labels(run: RunFolder) -> Markup:
+    """Rows with labels that are missing or too many, the surest mistakes first."""
+    truth, chosen, p = true_labels(run), chosen_labels(run), run.probabilities
+    wrong = truth != chosen
+    order = [i for i in np.argsort(-(wrong * np.abs(truth - p)).max(axis=1), kind="stable") if wrong[i].any()]
+    if not order:
+        return el("p", f"None: all labels of all {counted(len(run.rows), 'test row')} are right.")
+    items = []
+    for i in order[:SHOWN]:
+        row = run.rows[i]
+        said: list[Node] = []
+        for name, mask, class_ in (("right", truth & chosen, "hit"), ("missed", truth & ~chosen, "missed"),
+                                   ("too many", chosen & ~truth, "extra")):  # fmt: skip
+            places = np.flatnonzero(mask[i])
+            if len(places):
+                said.append(f"{' · ' if said else ''}{name}: ")
+                for n, k in enumerate(places):
+                    mark = el("mark", cut(run.labels[k], 40), class_=class_, dir="auto")
+                    said += [", " if n else "", mark, f" {percent(p[i, k])}"]
+        items.append(el("li", texts_of_user(row.given), el("p", *said, f" · line {row.line}", class_="verdict")))
+    count = counted(len(order), "row")
+    shown = f"{SHOWN} of {count}" if len(order) > SHOWN else count.capitalize()
+    return el(
+        "div",
+        el("p", f"{shown} with a label that is missing or too many, and the probability it was given. The surest mistakes "
+           "come first."),
+        el("ol", *items, class_="mistakes"),
+    )  # fmt: skip

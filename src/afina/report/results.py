@@ -1,69 +1,32 @@
-"""The answer first, and what is behind it: baselines, confusions, figures of each class, calibration."""
+"""What is behind the figures: confusions, each class or type, calibration, numbers beside the right ones."""
 
 from __future__ import annotations
 
-from afina.report.charts import reliability
+from typing import Any
+
+import numpy as np
+
+from afina.report.cells import number_in
+from afina.report.charts import reliability, scatter
 from afina.report.folder import RunFolder
 from afina.report.markup import Markup, cut, el, table
-from afina.report.statistics import calibration, calibration_error, macro_f1_interval, wilson
-from afina.report.words import counted, interval, percent
+from afina.report.scores import true_labels
+from afina.report.statistics import Bin, calibration, calibration_error
+from afina.report.words import counted, percent
 
-__all__ = ["answer", "calibrated", "classes", "confusions"]
+__all__ = ["calibrated", "classes", "confusions", "numbers"]
 
 MATRIX = 20  # classes beyond which a matrix cannot be read
 _MOST = 200  # classes in a table
-_BASELINES = {"word_counts": "words counted (naive Bayes)", "majority": "always the commonest class"}
+_COLUMNS = {"precision": "precision", "recall": "recall", "f1": "F1", "average_precision": "average precision",
+            "roc_auc": "ROC AUC", "threshold": "threshold", "rows": "rows", "entities": "entities"}  # fmt: skip
 
 
-def answer(run: RunFolder) -> Markup:
-    """The test score beside what needs no model, and how far it can be trusted."""
-    test, right = run.metrics["test"], run.answers.right
-    rows, hits = len(right), int(right.sum())
-    low, high = wilson(hits, rows)
-    f1 = macro_f1_interval(test["confusion"])
-    bases = {n: run.metrics["baselines"][k] for k, n in _BASELINES.items() if k in run.metrics["baselines"]}
-    bars = [_bar("this model", hits / rows, (low, high))]
-    bars += [_bar(name, figures["accuracy"], None) for name, figures in bases.items()]
-    best = max(bases, key=lambda name: bases[name]["accuracy"], default=None)
-    verdict = "No baseline was stored to compare with."
-    if best is not None:
-        score = bases[best]["accuracy"]
-        wrong = rows - round(score * rows)
-        other = f"“{best}” is right in {percent(score)} of the rows ({wrong:,} wrong)"
-        if low > score:
-            verdict = f"That is better than what needs no model: {other}."
-        elif hits / rows > score:
-            verdict = f"That may be chance: {other}, which lies within the interval. More test rows would tell."
-        else:
-            verdict = f"That is no better than what needs no model: {other}. Do not use this model as it is."
-    return el(
-        "section",
-        el("p", el("span", percent(hits / rows), class_="score"), " of the test rows are answered right"),
-        el("p", el("b", f"{rows - hits:,} of {rows:,} wrong."), f" {verdict}"),
-        el("div", *bars, class_="bars", role="img", aria_label="Accuracy of this model and of the baselines"),
-        el("p", f"With 95 % confidence the accuracy on more rows like these lies between {interval(low, high)}; macro F1 "
-           f"is {test['macro_f1']:.3f} ({f1[0]:.3f} to {f1[1]:.3f}). The test rows were read once, after training.",
-           class_="note"),
-        class_="answer", aria_label="The answer",
-    )  # fmt: skip
-
-
-def _bar(name: str, share: float, between: tuple[float, float] | None) -> Markup:
-    drawn = [
-        el("rect", x=0, y=0, width=100, height=10, class_="track"),
-        el("rect", x=0, y=0, width=round(100 * share, 2), height=10, class_="bar own" if between else "bar"),
-    ]
-    if between:
-        low, high = (round(100 * end, 2) for end in between)
-        drawn.append(el("line", x1=low, x2=high, y1=5, y2=5, class_="range"))
-        drawn += [el("line", x1=end, x2=end, y1=2, y2=8, class_="range") for end in (low, high)]
-    svg = el("svg", *drawn, viewBox="0 0 100 10", preserveAspectRatio="none", aria_hidden="true")
-    return el("div", el("span", name), svg, el("span", percent(share), class_="n"))
-
-
-def confusions(run: RunFolder) -> Markup:
+def confusions(run: RunFolder) -> Markup | None:
     """The matrix, or the worst confusions of many classes."""
-    labels, matrix = run.labels, run.metrics["test"]["confusion"]
+    if "confusion" not in run.test:
+        return None
+    labels, matrix = run.labels, run.test["confusion"]
     pairs = sorted(
         ((matrix[i][j], i, j) for i in range(len(labels)) for j in range(len(labels)) if i != j and matrix[i][j]),
         key=lambda pair: (-pair[0], pair[1:]),
@@ -92,48 +55,103 @@ def _shaded(count: int, total: int, right: bool) -> Markup:
     return el("span", f"{count:,}", class_=("good" if right else "bad") if count else None, style=strength)
 
 
-def classes(run: RunFolder) -> Markup:
-    """Precision, recall and F1 of each class, the worst first where they are many."""
-    figures = list(run.metrics["test"]["per_class"].items())
+def classes(run: RunFolder) -> Markup | None:
+    """Precision, recall and F1 of each class or type, the worst first where they are many."""
+    what = "types" if "per_type" in run.test else "classes"
+    figures = list((run.test.get("per_class") or run.test.get("per_type") or {}).items())
+    if not figures:
+        return None
     if len(figures) > MATRIX:
         figures.sort(key=lambda item: item[1]["f1"])
-    rows = [
-        [cut(label), percent(m["precision"]), percent(m["recall"]), f"{m['f1']:.3f}", f"{m['rows']:,}"]
-        for label, m in figures[:_MOST]
-    ]
+    keys = [key for key in _COLUMNS if key in figures[0][1]]
+    rows = [[cut(label), *(_cell(key, made[key]) for key in keys)] for label, made in figures[:_MOST]]
+    columns, right = [what[:-1] if what == "types" else "class", *(_COLUMNS[key] for key in keys)], range(1, len(keys) + 1)
     order = ", the worst first" if len(figures) > MATRIX else ""
-    made = table(f"Figures of each class on the test rows{order}", ["class", "precision", "recall", "F1", "rows"], rows,
-                 numbers=[1, 2, 3, 4])  # fmt: skip
+    made = table(f"Figures of the {what} on the test rows{order}", columns, rows, numbers=right)
     if len(figures) > MATRIX:
-        head = table(
-            "The ten worst classes", ["class", "precision", "recall", "F1", "rows"], rows[:10], numbers=[1, 2, 3, 4]
-        )
+        head = table(f"The ten worst {what}", columns, rows[:10], numbers=right)
         left = f" ({len(figures) - _MOST} better ones are in metrics.json)" if len(figures) > _MOST else ""
-        made = el("div", head, el("details", el("summary", f"All {len(figures)} classes{left}"), made))
-    explained = "Precision: of the rows answered so, the share that is so. Recall: of the rows that are so, the share found."
+        made = el("div", head, el("details", el("summary", f"All {len(figures)} {what}{left}"), made))
+    unit = "entities" if what == "types" else "rows"
+    explained = f"Precision: of the {unit} answered so, the share that is so. Recall: of those that are so, the share found."
+    if "threshold" in keys:
+        explained += " A label is answered where its probability reaches its threshold."
     return el("div", made, el("p", explained, class_="note"))
 
 
-def calibrated(run: RunFolder) -> Markup:
+def _cell(key: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if key in ("rows", "entities"):
+        return f"{value:,}"
+    return percent(value) if key in ("precision", "recall") else f"{value:.3f}"
+
+
+def calibrated(run: RunFolder) -> Markup | None:
     """Whether the probabilities mean what they say."""
-    answers = run.answers
-    confidence = answers.probabilities.max(axis=1)
-    bins = calibration(confidence, answers.right)
-    error, mean, share = calibration_error(bins), float(confidence.mean()), float(answers.right.mean())
-    gap = mean - share
-    if abs(gap) < 0.02:
-        said = "On the whole its probabilities can be taken as they are."
-    elif gap > 0:
-        said = "It is surer than it should be: do not take its probabilities as they are."
+    if run.task == "sequence_classification":
+        assert run.right is not None
+        bins = calibration(confidence := run.probabilities.max(axis=1), right := run.right)
+        mean, share = float(confidence.mean()), float(right.mean())
+        gap = mean - share
+        if abs(gap) < 0.02:
+            said = "On the whole its probabilities can be taken as they are."
+        elif gap > 0:
+            said = "It is surer than it should be: do not take its probabilities as they are."
+        else:
+            said = "It is less sure than it could be."
+        said = (
+            f"The model gave its answers a probability of {percent(mean)} on average and was right in {percent(share)}. "
+            f"{said} Expected calibration error: {percent(calibration_error(bins))}."
+        )
+        names = ("Share of right answers by probability", "probability the model gave its answer", "right")
+    elif run.task == "multi_label_classification":
+        p, truth = run.probabilities.ravel(), true_labels(run).ravel()
+        bins = calibration(p, truth)
+        mean, share = float(p.mean()), float(truth.mean())
+        said = (
+            f"Over all rows and labels the model gave a probability of {percent(mean)} on average, and {percent(share)} of "
+            f"them are so. Expected calibration error: {percent(calibration_error(bins))}."
+        )
+        names = ("Share of labels that are so by probability", "probability the model gave a label", "are so")
     else:
-        said = "It is less sure than it could be."
-    described = f"{counted(len(bins), 'group')} of answers; on average promised {percent(mean)}, right {percent(share)}"
+        return None
+    scaled = run.test.get("calibration")
+    if scaled:
+        before, after = scaled["before"]["calibration_error"], scaled["after"]["calibration_error"]
+        said += (
+            f" Scores were divided by a temperature of {scaled['temperature']:.2f}, chosen on the validation rows; the "
+            f"error is {percent(before)} without it and {percent(after)} with it."
+        )
+    return el("div", el("p", said), el("div", *_drawn(bins, names, mean, share), class_="charts"))
+
+
+def _drawn(bins: list[Bin], names: tuple[str, str, str], mean: float, share: float) -> tuple[Markup, Markup]:
+    title, axis, column = names
+    described = f"{counted(len(bins), 'group')}; on average promised {percent(mean)}, came true {percent(share)}"
     rows = [[f"{b.low:.0%} to {b.high:.0%}", f"{b.rows:,}", percent(b.confidence), percent(b.hits / b.rows)] for b in bins]
-    return el(
-        "div",
-        el("p", f"The model gave its answers a probability of {percent(mean)} on average and was right in {percent(share)}. "
-           f"{said} Expected calibration error: {percent(error)}."),
-        el("div", reliability(bins, described),
-           table("Answers by the probability they were given", ["probability", "rows", "on average", "right"], rows,
-                 numbers=[1, 2, 3]), class_="charts"),
+    heads = ["probability", "answers", "on average", column]
+    return reliability(bins, described, title, axis), table(title, heads, rows, numbers=[1, 2, 3])
+
+
+def numbers(run: RunFolder) -> Markup | None:
+    """Answers beside the right numbers."""
+    if run.task not in ("regression", "sentence_similarity"):
+        return None
+    pairs = [(number_in(row.given.get("label", "")), number_in(row.answer)) for row in run.rows]
+    there = np.array([(a, b) for a, b in pairs if a is not None and b is not None])
+    if not len(there):
+        return None
+    errors = there[:, 1] - there[:, 0]
+    low, middle, high = np.quantile(errors, [0.05, 0.5, 0.95])
+    said = (
+        f"In the middle the answer is {abs(middle):.3g} too {'high' if middle > 0 else 'low'}; nine of ten errors lie "
+        f"between {low:.3g} and {high:.3g}."
+    )
+    if (spread := float(np.ptp(there[:, 1]))) < 0.5 * float(np.ptp(there[:, 0])):
+        said += f" Answers span {spread:.3g}, the right numbers {np.ptp(there[:, 0]):.3g}: the model stays near the middle."
+    drawn = scatter(
+        "Each test row", [(float(a), float(b)) for a, b in there], x_name="right number (answer upwards)", y_name="a row",
+        described=said,
     )  # fmt: skip
+    return el("div", el("p", said), drawn)

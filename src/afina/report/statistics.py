@@ -1,18 +1,22 @@
 """How far a figure of a small test set can be trusted: intervals, calibration, and a test for pairs of answers.
 
-Wilson (1927) for shares, a seeded bootstrap of the confusion matrix for macro F1, expected calibration error
-(https://arxiv.org/abs/1706.04599), McNemar's exact test (1947) for two models on the same rows.
+Wilson (1927) for shares, a seeded bootstrap of the test rows for other figures, expected calibration error
+(https://arxiv.org/abs/1706.04599); for two models on the same rows McNemar's exact test (1947) where answers are right or
+wrong, and a seeded sign-flip test (Fisher 1935) where they have a score.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Bin", "calibration", "calibration_error", "macro_f1_interval", "mcnemar", "wilson"]
+__all__ = [
+    "Bin", "bootstrapped", "calibration", "calibration_error", "histogram", "macro_f1_interval", "mcnemar", "middle_95",
+    "resampled_sums", "sign_flip", "wilson",
+]  # fmt: skip
 
 _Z = 1.959963984540054  # two-sided 95 %
 _RESAMPLES = 2000
@@ -47,6 +51,53 @@ def macro_f1_interval(confusion: Sequence[Sequence[int]], seed: int = 0) -> tupl
     scores = f1.sum(axis=1) / (both > 0).sum(axis=1)
     low, high = np.quantile(scores, [0.025, 0.975])
     return float(low), float(high)
+
+
+def resampled_sums(counts: np.ndarray, resamples: int = 1000, seed: int = 0) -> np.ndarray:
+    """Sums over rows of `counts [rows, k]` when the rows are drawn again, with replacement: `[resamples, k]`."""
+    rows, chance = len(counts), np.random.default_rng(seed)
+    block = max(1, 5_000_000 // rows)  # weights held at once
+    made = [
+        chance.multinomial(rows, np.full(rows, 1 / rows), size=min(block, resamples - done)) @ counts
+        for done in range(0, resamples, block)
+    ]
+    return np.concatenate(made)
+
+
+def bootstrapped(figure: Callable[[np.ndarray], float | None], rows: int, resamples: int = 300, seed: int = 0) -> np.ndarray:
+    """`figure` of the numbers of rows that were drawn again, with replacement; where it has no value it is left out."""
+    chance = np.random.default_rng(seed)
+    made = (figure(chance.integers(0, rows, rows)) for _ in range(resamples))
+    return np.array([value for value in made if value is not None])
+
+
+def middle_95(values: np.ndarray) -> tuple[float, float]:
+    """The 95 % percentile interval of what a bootstrap gave."""
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def sign_flip(differences: np.ndarray, draws: int = 10_000, seed: int = 0) -> float:
+    """Two-sided probability of a mean difference at least as large, were the two models to change places row by row."""
+    differences = np.asarray(differences, dtype=float)
+    differences = differences[differences != 0]
+    if not len(differences):
+        return 1.0
+    chance, observed, beyond = np.random.default_rng(seed), abs(differences.sum()), 1
+    block = max(1, 5_000_000 // len(differences))
+    for done in range(0, draws, block):
+        signs = chance.integers(0, 2, (min(block, draws - done), len(differences))) * 2 - 1
+        beyond += int((np.abs(signs @ differences) >= observed * (1 - 1e-12)).sum())
+    return beyond / (draws + 1)
+
+
+def histogram(values: Sequence[int], bins: int = 24) -> dict[str, list[int]]:
+    """Counts of whole numbers in at most that many bins of equal width: `edges` (one more than bins) and `counts`."""
+    low, high = (min(values), max(values)) if len(values) else (0, 0)
+    width = max(1, -(-(high - low + 1) // bins))
+    edges = list(range(low, high + 1 + width, width))
+    counts, _ = np.histogram(np.asarray(values, dtype=float), [edge - 0.5 for edge in edges])
+    return {"edges": edges, "counts": counts.tolist()}
 
 
 @dataclass(frozen=True)

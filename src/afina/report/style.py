@@ -6,10 +6,10 @@ __all__ = ["CSS"]
 
 CSS = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1c2026; --soft: #59616c; --rule: #d9dde3; --box: #f5f6f8;
-    --a: #1a5fb4; --b: #b4460a; --c: #26703a; --faint: #9aa3ae; --good: 26, 112, 58; --bad: 190, 60, 30; }
+    --a: #1a5fb4; --b: #b4460a; --c: #26703a; --d: #7b3fa0; --faint: #9aa3ae; --good: 26, 112, 58; --bad: 190, 60, 30; }
 @media (prefers-color-scheme: dark) { :root { --page: #15181c; --ink: #e4e7eb; --soft: #a2abb6; --rule: #363c45;
   --box: #1e2228;
-    --a: #7ab2ff; --b: #ff9e5e; --c: #7fd096; --faint: #6b7480; --good: 90, 190, 120; --bad: 240, 110, 80; } }
+    --a: #7ab2ff; --b: #ff9e5e; --c: #7fd096; --d: #cf9df0; --faint: #6b7480; --good: 90, 190, 120; --bad: 240, 110, 80; } }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0 auto; padding: 1.5rem 1.25rem 4rem; max-width: 64rem; background: var(--page); color: var(--ink);
@@ -46,9 +46,19 @@ figure { margin: .5rem 0; max-width: 34rem; } figcaption { font-size: .9rem; } s
   display: block; }
 svg text { fill: var(--soft); font-size: 13px; font-family: inherit; } .grid { stroke: var(--rule); stroke-width: 1; }
 .line { fill: none; stroke-width: 2.25; stroke: var(--a); } .line.b { stroke: var(--b); stroke-dasharray: 7 4; }
-.line.c { stroke: var(--c); } .line.faint { stroke: var(--faint); stroke-width: 1.25; stroke-dasharray: 3 3; }
+.line.c { stroke: var(--c); stroke-dasharray: 2 3; }
+.line.d { stroke: var(--d); stroke-dasharray: 9 3 2 3; }
+.line.faint { stroke: var(--faint); stroke-width: 1.25; stroke-dasharray: 3 3; }
 .line.raw { stroke: var(--faint); stroke-width: 1; opacity: .7; } .line.thin { stroke-width: 1.5; }
 .dot { fill: var(--a); } .dot.b { fill: var(--b); } .dot.c { fill: var(--c); }
+.dot.d { fill: var(--d); } .dot.many { fill-opacity: .45; }
+mark { color: inherit; background: none; border-bottom: 2px solid; padding: 0 .1em; border-radius: 2px; }
+mark.hit { border-color: var(--c); background: rgba(var(--good), .14); }
+mark.missed { border-bottom-style: dashed; border-color: var(--b); }
+mark.extra { border-bottom-style: double; border-bottom-width: 3px; border-color: rgb(var(--bad));
+    background: rgba(var(--bad), .14); }
+mark sub { font-size: .7em; color: var(--soft); margin-left: .25em; }
+dl.sides { grid-template-columns: 4rem 1fr; margin: .1rem 0; } dl.sides .text { margin: 0; }
 line.best { stroke: var(--c); stroke-width: 1.5; stroke-dasharray: 2 3; } text.best { fill: var(--c); }
 .keys { list-style: none; margin: 0; padding: 0; font-size: .85rem; display: flex; flex-wrap: wrap; gap: 0 1rem; }
 .key { width: 22px; height: 10px; margin-right: .35rem; display: inline-block; }
@@ -72,9 +82,11 @@ ul.found { padding-left: 1.2rem; margin: .4rem 0; }
   dl { grid-template-columns: 1fr; gap: 0;
   } dd { margin-bottom: .5rem; }
     svg text { font-size: 15px; } pre { font-size: .8rem; } }
-@media print { :root { color-scheme: light; --page: #fff; --ink: #000; --soft: #444; --rule: #ccc; --box: #f4f4f4;
+@media print { :root { color-scheme: light; --page: #fff; --ink: #000; --soft: #444; --rule: #ccc;
+  --box: #f4f4f4;
   --a: #1a5fb4;
-    --b: #b4460a; --c: #26703a; --faint: #888; } body { max-width: none; padding: 0; font-size: 10pt; } nav { display:
+    --b: #b4460a; --c: #26703a; --d: #7b3fa0; --faint: #888; }
+  body { max-width: none; padding: 0; font-size: 10pt; } nav { display:
   none; }
     h2, h3, figcaption { break-after: avoid; } figure, table, pre { break-inside: avoid; } pre { white-space:
   pre-wrap; }

@@ -1,8 +1,9 @@
-"""How to load and use the adapter: lines to copy into a terminal or a Python file."""
+"""How to load and use the adapter: lines to copy into a terminal or a Python file, for each task."""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 from afina.report.folder import RunFolder
@@ -11,45 +12,191 @@ from afina.report.markup import Markup, el
 __all__ = ["command_lines", "python_lines", "usage"]
 
 
-def command_lines(folder: Path) -> str:
+def command_lines(run: RunFolder, folder: Path) -> str:
     """What to type in a terminal."""
     name = shlex.quote(str(folder))
-    return "\n".join(
-        [
-            f'afina predict {name} --text "..."',
-            f"afina predict {name} --data new.csv --output answered.csv",
-            f"afina evaluate {name} --data labelled.csv",
-            f"afina report {name}",
-        ]
-    )
+    texts = '--text "..."'
+    if run.task in ("question_answering", "sentence_similarity") or "text_pair" in run.data["columns"]:
+        texts = f"--data new.csv --output {'answered' if run.task != 'sentence_similarity' else 'scored'}.csv"
+    lines = [
+        f"afina predict {name} {texts}",
+        f"afina predict {name} --data new.csv --output answered.csv",
+        f"afina evaluate {name} --data labelled.csv",
+        f"afina report {name}",
+    ]
+    return "\n".join(dict.fromkeys(lines[1:] if texts.startswith("--data") else lines))
 
 
 def python_lines(run: RunFolder) -> str:
-    """The adapter on its base, with transformers."""
-    base = run.adapter.get("base_model_name_or_path") or run.recipe["model"]
+    """The adapter on its base, with transformers alone beside afina."""
+    made = _TASKS.get(run.task)
+    if made is None:
+        return ""
+    auto, options, body = made(run)
+    base = str(run.adapter.get("base_model_name_or_path") or run.recipe["model"])
     folder = str(run.path / "adapter")
+    loaded = ", ".join([repr(base), *options])
     return f"""import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
 from afina import PeftModel  # or from peft, where it has the method
 
-base = AutoModelForSequenceClassification.from_pretrained({str(base)!r}, num_labels={len(run.labels)})
+base = {auto}.from_pretrained({loaded})
 model = PeftModel.from_pretrained(base, {folder!r}).eval()
 tokenizer = AutoTokenizer.from_pretrained({folder!r})
 
-batch = tokenizer(["..."], return_tensors="pt", truncation=True, max_length={run.recipe["training"].get("max_length")})
+{body}"""
+
+
+Lines = tuple[str, list[str], str]  # the class that loads the base, its options, and what to do with it
+
+
+def _inputs(run: RunFolder, texts: str = '"..."') -> str:
+    return f"""batch = tokenizer({texts}, return_tensors="pt", truncation=True, max_length={run.data.get("max_length")})
 with torch.no_grad():
-    print(torch.softmax(model(**batch).logits, -1))  # classes in the order of metrics.json: ["test"]["labels"]"""
+    """
+
+
+def _texts(run: RunFolder) -> str:
+    return '"...", "..."' if "text_pair" in run.data["columns"] else '"..."'
+
+
+def _temperature(run: RunFolder) -> str:
+    temperature = run.metrics["task"].get("temperature")
+    return f" / {temperature!r}" if temperature else ""
+
+
+def _classes(run: RunFolder) -> Lines:
+    return (
+        "AutoModelForSequenceClassification",
+        [f"num_labels={len(run.labels)}"],
+        f"""labels = {run.labels!r}
+{_inputs(run, _texts(run))}shares = torch.softmax(model(**batch).logits[0]{_temperature(run)}, -1)
+print(dict(zip(labels, shares.tolist())))""",
+    )
+
+
+def _several(run: RunFolder) -> Lines:
+    thresholds = run.metrics["task"].get("thresholds") or [0.5] * len(run.labels)
+    known = {label: round(float(t), 6) for label, t in zip(run.labels, thresholds, strict=True)}
+    return (
+        "AutoModelForSequenceClassification",
+        [f"num_labels={len(run.labels)}"],
+        f"""thresholds = {known!r}  # a label is answered from there on
+{_inputs(run, _texts(run))}shares = torch.sigmoid(model(**batch).logits[0]{_temperature(run)}).tolist()
+print([label for label, share in zip(thresholds, shares) if share >= thresholds[label]])""",
+    )
+
+
+def _number(run: RunFolder) -> Lines:
+    task = run.metrics["task"]
+    return (
+        "AutoModelForSequenceClassification",
+        ["num_labels=1"],
+        f"""{_inputs(run, _texts(run))}standard = model(**batch).logits[0, 0].item()
+print(standard * {task["deviation"]!r} + {task["mean"]!r})  # the model answers in standard deviations from the mean""",
+    )
+
+
+def _tags(run: RunFolder) -> Lines:
+    return (
+        "AutoModelForTokenClassification",
+        [f"num_labels={len(run.labels)}"],
+        f"""tags = {run.labels!r}
+words = ["A", "list", "of", "words"]
+{_inputs(run, "words, is_split_into_words=True")}best = model(**batch).logits[0].argmax(-1)
+first = {{word: i for i, word in reversed(list(enumerate(batch.word_ids(0)))) if word is not None}}  # its first piece
+print([(words[word], tags[best[i]]) for word, i in sorted(first.items())])""",
+    )
+
+
+def _span(run: RunFolder) -> Lines:
+    return (
+        "AutoModelForQuestionAnswering",
+        [],
+        """question, context = "...?", "..."
+batch = tokenizer(question, context, return_tensors="pt", return_offsets_mapping=True)  # longer contexts: in windows
+offsets = batch.pop("offset_mapping")[0]
+inside = torch.tensor([side == 1 for side in batch.sequence_ids(0)])
+with torch.no_grad():
+    scores = model(**batch)
+start, end = (s[0].masked_fill(~inside, -torch.inf) for s in (scores.start_logits, scores.end_logits))
+both = start[:, None] + end[None, :]
+both = both.masked_fill(torch.ones_like(both).tril(-1).bool(), -torch.inf)  # no answer ends before it begins
+first, last = divmod(both.argmax().item(), len(start))
+print(context[offsets[first][0] : offsets[last][1]])""",
+    )
+
+
+def _vectors(run: RunFolder) -> Lines:
+    pooling = run.metrics["task"].get("options", {}).get("pooling", "auto")
+    base = str(run.adapter.get("base_model_name_or_path") or run.recipe["model"])
+    found = f"find_pooling({base!r}, base.config)" if pooling == "auto" else repr(pooling)
+    return (
+        "AutoModel",
+        [],
+        f"""from afina.tasks.pooling import find_pooling, pooled
+
+batch = tokenizer(["...", "..."], return_tensors="pt", padding=True, padding_side="right", return_token_type_ids=False)
+with torch.no_grad():
+    hidden = model(**batch).last_hidden_state
+vectors = pooled(hidden, batch["attention_mask"], {found})
+print(float(vectors[0] @ vectors[1]))  # how alike the two texts are""",
+    )
+
+
+def _continued(run: RunFolder) -> Lines:
+    task = run.metrics["task"]
+    most = task.get("options", {}).get("max_new_tokens", 128)
+    if task.get("form") == "text":
+        asked = 'batch = tokenizer("...", return_tensors="pt", return_token_type_ids=False)'
+    else:
+        asked = (
+            'messages = [{"role": "user", "content": "..."}]\n'
+            "batch = tokenizer.apply_chat_template(\n"
+            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n)'
+        )
+    return (
+        "AutoModelForCausalLM",
+        [],
+        f"""{asked}
+with torch.no_grad():
+    made = model.generate(**batch, max_new_tokens={most}, do_sample=False, eos_token_id=tokenizer.eos_token_id)
+print(tokenizer.decode(made[0, batch["input_ids"].shape[1] :], skip_special_tokens=True))""",
+    )
+
+
+def _rewritten(run: RunFolder) -> Lines:
+    most = run.metrics["task"].get("options", {}).get("max_new_tokens", 128)
+    prefix = run.metrics["task"].get("options", {}).get("prefix", "") or ""
+    return (
+        "AutoModelForSeq2SeqLM",
+        [],
+        f"""{_inputs(run, repr(f"{prefix}..."))}made = model.generate(**batch, max_new_tokens={most}, do_sample=False)
+print(tokenizer.decode(made[0], skip_special_tokens=True))""",
+    )
+
+
+_TASKS: dict[str, Callable[[RunFolder], Lines]] = {
+    "causal_lm": _continued,
+    "multi_label_classification": _several,
+    "question_answering": _span,
+    "regression": _number,
+    "sentence_similarity": _vectors,
+    "seq2seq": _rewritten,
+    "sequence_classification": _classes,
+    "token_classification": _tags,
+}
 
 
 def usage(run: RunFolder) -> Markup:
     """Both, to be selected with one click each."""
+    lines = python_lines(run)
     return el(
         "div",
         el("h3", "In a terminal"),
-        el("pre", el("code", command_lines(run.path)), tabindex="0"),
-        el("h3", "In Python"),
-        el("pre", el("code", python_lines(run)), tabindex="0"),
+        el("pre", el("code", command_lines(run, run.path)), tabindex="0"),
+        *((el("h3", "In Python"), el("pre", el("code", lines), tabindex="0")) if lines else ()),
         el(
             "p",
             "To repeat the run: ",

@@ -37,6 +37,7 @@ from afina.errors import (
 from afina.functions import get_peft_model
 from afina.model import PeftModel
 from afina.report.html import REPORT, write_report
+from afina.report.statistics import histogram
 from afina.tasks.catalogue import find_task, task_from_settings, tasks
 from afina.tasks.task import Encoded, Rows, Task
 from afina.training import checkpoints
@@ -233,8 +234,7 @@ class Run:
             self.model.save_pretrained(self.output / ADAPTER, tokenizer=self.task.tokenizer)
             metrics["read_back"] = self._read_back()
             _write_json(self.output / METRICS, metrics)
-            if self.task.kind.labels == "class":
-                write_report(self.output)
+            write_report(self.output)
         accelerator.wait_for_everyone()
         return metrics
 
@@ -266,6 +266,7 @@ class Run:
             "truncated": self.encoded.truncated,
             "max_length": self.encoded.max_length,
             "tokens": {f"{share} %": lengths[last * share // 100] for share in (0, 5, 25, 50, 75, 95, 100)},
+            "token_histogram": histogram(lengths),
         }
         _write_json(self.output / DATA / "data_report.json", report)
         head = "# The whole run. To repeat it: afina train recipe.yaml --output ANOTHER_FOLDER\n"

@@ -1,0 +1,97 @@
+"""Answers beside the right ones: numbers, alike texts, and texts that were written."""
+
+from __future__ import annotations
+
+import json
+
+from afina.report.cells import number_in
+from afina.report.folder import Row, RunFolder
+from afina.report.markup import Markup, Node, el, text_of_user, texts_of_user
+from afina.report.words import counted
+
+__all__ = ["furthest", "least_alike", "written"]
+
+SHOWN = 20
+
+
+def furthest(run: RunFolder) -> Markup | None:
+    """Rows whose number is furthest from the right one."""
+    pairs = [(row, number_in(row.answer), number_in(row.given.get("label", ""))) for row in run.rows]
+    there = [(abs(a - b), row, a, b) for row, a, b in pairs if a is not None and b is not None]
+    if not there:
+        return None
+    there.sort(key=lambda made: -made[0])
+    items = [
+        el("li", texts_of_user(row.given),
+           el("p", "answered ", el("b", f"{a:.4g}"), ", right ", el("b", f"{b:.4g}"), f", off by {off:.3g} · ",
+              f"line {row.line}", class_="verdict"))
+        for off, row, a, b in there[:SHOWN]
+    ]  # fmt: skip
+    return el("div", el("p", f"The {counted(len(items), 'row')} furthest off."), el("ol", *items, class_="mistakes"))
+
+
+def least_alike(run: RunFolder) -> Markup | None:
+    """Pairs that belong together and whose vectors point furthest apart."""
+    there = [(value, row) for row in run.rows if (value := number_in(row.answer)) is not None]
+    if not there:
+        return None
+    there.sort(key=lambda made: made[0])
+    items = []
+    for value, row in there[:SHOWN]:
+        said = el("p", "similarity ", el("b", f"{value:.3f}"), f" · line {row.line}", class_="verdict")
+        items.append(el("li", texts_of_user(row.given), said))
+    head = f"The {counted(len(items), 'pair')} that the model finds least alike, though they belong together."
+    return el("div", el("p", head), el("ol", *items, class_="mistakes"))
+
+
+def written(run: RunFolder) -> Markup | None:
+    """What was asked, the right text and the answer, each below the other; of texts alone, the hardest ones.
+
+    Where each row has a loss, the highest comes first.
+    """
+    answered = [row for row in run.rows if row.answer]
+    rows = answered or run.rows
+    losses = {id(row): number_in(row.more.get("loss", "")) for row in rows}
+    sorted_ = all(loss is not None for loss in losses.values())
+    if sorted_:
+        rows = sorted(rows, key=lambda row: -(losses[id(row)] or 0.0))
+    elif not answered:
+        return None
+    count = counted(min(SHOWN, len(rows)), "row")
+    which = f"The {count} that the model foresaw least, by the loss of a token" if sorted_ else f"The first {count}"
+    if answered and len(answered) < len(run.rows):
+        which += f"; answers were written to {len(answered):,} of {len(run.rows):,} rows"
+    items = []
+    for row in rows[:SHOWN]:
+        loss = losses[id(row)]
+        marks = [f"loss {loss:.3f}"] if loss is not None else []
+        items.append(el("li", _sides(row), el("p", " · ".join([*marks, f"line {row.line}"]), class_="verdict")))
+    return el("div", el("p", f"{which}."), el("ol", *items, class_="mistakes"))
+
+
+def _sides(row: Row) -> Markup:
+    asked, right = _conversation(row)
+    parts: list[tuple[str, Node]] = []
+    if asked:
+        parts.append(("asked" if right else "text", text_of_user(asked)))
+    if right:
+        parts.append(("right", text_of_user(right)))
+    if row.answer:
+        parts.append(("answer", text_of_user(row.answer)))
+    return el("dl", *(node for name, said in parts for node in (el("dt", name), el("dd", said))), class_="sides")
+
+
+def _conversation(row: Row) -> tuple[str, str]:
+    """What was asked and the right answer; messages are read one below the other."""
+    label = row.given.get("label", "")
+    asked = [cell for role, cell in row.given.items() if role != "label" and cell]
+    if len(asked) != 1 or not asked[0].startswith("["):
+        return "\n".join(asked), label
+    try:
+        messages = [
+            (str(m.get("role") or m.get("from")), str(m.get("content") or m.get("value"))) for m in json.loads(asked[0])
+        ]
+    except (ValueError, AttributeError):
+        return asked[0], label
+    last = messages.pop()[1] if messages and messages[-1][0] in ("assistant", "gpt", "bot", "model") and not label else label
+    return "\n".join(f"{who}: {what}" for who, what in messages), last

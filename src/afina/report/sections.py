@@ -1,0 +1,72 @@
+"""The parts of the page, in the order in which a reader asks. A part that a task does not have is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from afina.report.answer import figures
+from afina.report.beside import furthest, least_alike, written
+from afina.report.findings import findings
+from afina.report.folder import RunFolder
+from afina.report.history import cost, curves, trained
+from afina.report.lengths import lengths
+from afina.report.marked import mistaken_answers, mistaken_tags
+from afina.report.markup import Markup
+from afina.report.mistakes import mistaken_classes, mistaken_labels
+from afina.report.results import calibrated, classes, confusions, numbers
+from afina.report.usage import usage
+
+__all__ = ["Section", "sections"]
+
+Made = Callable[[RunFolder], Markup | None]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: its anchor, its title, and what it shows."""
+
+    key: str
+    title: str
+    body: Markup
+
+
+def examples(run: RunFolder) -> Markup | None:
+    """Answers with their texts, in the way of the task."""
+    made: dict[str, Made] = {
+        "sequence_classification": mistaken_classes,
+        "multi_label_classification": mistaken_labels,
+        "token_classification": mistaken_tags,
+        "question_answering": mistaken_answers,
+        "regression": furthest,
+        "sentence_similarity": furthest if "spearman" in run.figures else least_alike,
+    }
+    return made.get(run.task, written)(run)
+
+
+_PARTS: tuple[tuple[str, str, Made], ...] = (
+    ("figures", "Every figure", figures),
+    ("model", "What was trained on what", trained),
+    ("training", "How training went", curves),
+    ("confusions", "What is taken for what", confusions),
+    ("classes", "Each class", classes),
+    ("numbers", "Answers beside the right numbers", numbers),
+    ("calibration", "Are the probabilities right?", calibrated),
+    ("mistakes", "The worst mistakes", examples),
+    ("data", "The data", findings),
+    ("lengths", "How long the rows are", lengths),
+    ("cost", "What it cost", cost),
+    ("use", "How to use it", usage),
+)
+_TITLES = {
+    ("classes", "token_classification"): "Each type",
+    ("classes", "multi_label_classification"): "Each label",
+    ("mistakes", "causal_lm"): "What it writes",
+    ("mistakes", "seq2seq"): "What it writes",
+}
+
+
+def sections(run: RunFolder) -> list[Section]:
+    """The parts that this run has."""
+    made = ((key, _TITLES.get((key, run.task), title), make(run)) for key, title, make in _PARTS)
+    return [Section(key, title, body) for key, title, body in made if body is not None]
