@@ -280,6 +280,16 @@ def test_overlap_of_words_is_that_of_scikit_learn():
     assert ours @ ours.T == pytest.approx(theirs @ theirs.T, abs=1e-6)
 
 
+def test_what_makes_no_vector_is_not_adapted(base):
+    """The pooler's output is never read: nothing of it could learn, and several processes would wait for its gradient."""
+    task, model, rows = made(NAME, base, pairs_of(5))
+    assert task.idle(model.get_base_model()) == ["pooler.dense"]
+    task.loss_sum(model, task.collate(rows.features)).backward()
+    trained_ones = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert trained_ones
+    assert not [n for n, p in trained_ones.items() if p.grad is None or "pooler" in n]
+
+
 def test_arrays_have_a_row_for_each_answer(base):
     task, model, rows = made(NAME, base, pairs_of(5))
     answers = answered(task, model, rows)

@@ -144,7 +144,11 @@ class SentenceSimilarity(Task):
 
     def idle(self, model: Any) -> list[str]:
         """What BERT and its like compute of the first token for the next sentence."""
-        return ["pooler"] if isinstance(getattr(model, "pooler", None), torch.nn.Module) else []
+        inside = getattr(model, "pooler", None)
+        if not isinstance(inside, torch.nn.Module):
+            return []
+        weighty = [name for name, m in inside.named_modules() if list(m.parameters(recurse=False))]
+        return [f"pooler.{name}".rstrip(".") for name in weighty]
 
     # --- rows
 
