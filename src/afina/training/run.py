@@ -146,6 +146,7 @@ def prepare(
     recipe.resolve_method(model.peft_config["default"])
     everything = [e for examples in splits.values() for e in examples]
     encoded = encoded_once(task, everything, recipe.training.max_length, limit)
+    done.notes += encoded.notes
     recipe.training.max_length = encoded.max_length
     _check_truncation(encoded, len(everything), recipe, spell, limit)
     rows = _sides(splits, encoded)
