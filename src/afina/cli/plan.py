@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["MOST_CLASSES", "show_plan"]
 
 MOST_CLASSES = 8  # columns that fit on a screen
+MOST_LETTERS = 3000  # of a text that is shown
 
 
 def show_plan(run: Run) -> None:
@@ -51,12 +52,13 @@ def show_plan(run: Run) -> None:
     pairs(
         {
             "tokens": f"{lengths[len(lengths) // 2]} a row in the middle, {lengths[-1]} at most; "
-            f"{run.encoded.truncated} rows cut off at {run.encoded.max_length}"
+            f"{run.encoded.truncated} rows cut off at {run.encoded.max_length}",
+            **({"": "\n".join(run.encoded.notes)} if run.encoded.notes else {}),
         }
     )
     example, tokens, aimed = run.example()
     heading(f"One training row as the model sees it (line {example.line})")
-    parts = {run.columns[role]: example.row[role] for role in run.columns}
+    parts = {run.columns[role]: _begin(example.row[role]) for role in run.columns}
     pairs({**parts, f"tokens{' ' if 'tokens' in parts else ''}": " ".join(tokens)})
     if any(aimed):
         pairs({"supervised": " ".join(token for token, target in zip(tokens, aimed, strict=True) if target)})
@@ -77,6 +79,11 @@ def show_plan(run: Run) -> None:
             **({"output": run.output} if run.output.name else {}),
         }
     )
+
+
+def _begin(text: str) -> str:
+    """A text, or the begin of one that would fill the screen."""
+    return text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]} ... and {len(text) - MOST_LETTERS:,} letters more"
 
 
 def short(method: dict[str, Any]) -> dict[str, Any]:

@@ -68,8 +68,6 @@ class CausalLM(WritingTask):
 
     def __init__(self, tokenizer: Any, options: Any = None, learned: Mapping[str, Any] | None = None):
         super().__init__(tokenizer, options, learned)
-        if tokenizer.eos_token is None:
-            raise ConfigError("the tokenizer has no end token, so the model could not learn to stop")
         self.begin = begin_token(tokenizer)
         self.sliced = False  # whether the model can be asked for logits at some places alone
         self.prompts: Prompts | None = None

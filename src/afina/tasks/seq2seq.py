@@ -69,8 +69,6 @@ class Seq2Seq(WritingTask):
 
     def __init__(self, tokenizer: Any, options: Any = None, learned: Mapping[str, Any] | None = None):
         super().__init__(tokenizer, options, learned)
-        if tokenizer.eos_token is None:
-            raise ConfigError("the tokenizer has no end token, so the model could not learn to stop")
         if self.options.generate:
             check_libraries("rouge_score", "sacrebleu")
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from afina.data.clean import normalised
 from afina.data.example import Example
+from afina.errors import ConfigError
 from afina.tasks.generation import generated
 from afina.tasks.task import IGNORED, Batch, Rows, Task
 
@@ -56,6 +57,13 @@ class WritingTask(Task):
     """A task whose answer is text."""
 
     untuned = True
+
+    def __init__(self, tokenizer: Any, options: Any = None, learned: Mapping[str, Any] | None = None):
+        super().__init__(tokenizer, options, learned)
+        if tokenizer.eos_token is None:
+            raise ConfigError("the tokenizer has no end token, so the model could not learn to stop")
+        if not self.options.generate:
+            self.figures = {key: f for key, f in self.figures.items() if not f.final}  # type: ignore[misc]
 
     @abstractmethod
     def targets(self, model: Any, batch: Batch) -> Targets:
