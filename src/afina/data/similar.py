@@ -2,37 +2,117 @@
 
 Two texts are near duplicates when their sets of five-letter pieces share at least four fifths (Jaccard). Of two such
 sets, the rarest few pieces of each must have one in common (prefix filter; Chaudhuri et al. 2006), so only texts that
-share a rare piece are compared. MinHash would estimate the same and needs scipy.
+share a rare piece are looked at; and most of those are told apart by 512 bits each, since texts differ in at least as many
+pieces as their bits do (bitmap filter; Sandes et al. 2017). Pieces are hashed, and what is rare is counted in a table of
+fixed size, so that no more is held than the bits and the rarest fifth of each text's pieces. MinHash would only estimate.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import numpy as np
 
 from afina.data.groups import Union
 
 __all__ = ["near_duplicates"]
 
 _PIECE = 5
+_BUCKETS = 1 << 22  # of the table that counts hashed pieces
+_BITS = 512
+_CHUNK = 1 << 18  # letters hashed at a time
+_MIX = np.uint64(0x9E3779B97F4A7C15)  # odd: multiplying by it loses nothing
+_SHIFT = np.uint64(32)
 
 
 def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> list[list[int]]:
     """Groups of two and more indices, ascending, joined by chains of near duplicates. Texts come normalised."""
-    sets = [{text[i : i + _PIECE] for i in range(max(1, len(text) - _PIECE + 1))} for text in texts]
-    counts = Counter(piece for pieces in sets for piece in pieces)
+    counts = np.zeros(_BUCKETS, np.int32)
+    for _, _, hashes in _chunks(texts):
+        counts += np.bincount(hashes % np.uint64(_BUCKETS), minlength=_BUCKETS).astype(np.int32)
+    sizes, bits, owners, keys = _prefixes(texts, counts, threshold)
     union = Union(len(texts))
-    index: dict[str, list[int]] = {}
-    for i in sorted(range(len(texts)), key=lambda i: len(sets[i])):
-        pieces = sets[i]
-        order = sorted(pieces, key=lambda piece: (counts[piece], piece))
-        prefix = [piece for piece in order[: len(order) - -int(-threshold * len(order) // 1) + 1] if counts[piece] > 1]
-        for other in {j for piece in prefix for j in index.get(piece, ())}:
-            if len(sets[other]) < threshold * len(pieces) or union.root(other) == union.root(i):
-                continue
-            shared = len(pieces & sets[other])
-            if shared >= threshold * (len(pieces) + len(sets[other]) - shared):
-                union.join(i, other)
-        for piece in prefix:
-            index.setdefault(piece, []).append(i)
+    pieces = lru_cache(maxsize=1 << 12)(lambda i: _pieces(texts[i]))
+    for i, others in _candidates(sizes, owners, keys):
+        both = sizes[others] + sizes[i]
+        fits = (sizes[others] >= threshold * sizes[i]) & (
+            np.bitwise_count(bits[others] ^ bits[i]).sum(axis=1) <= both * (1 - threshold) / (1 + threshold) + 1e-6
+        )
+        for j in np.unique(others[fits]).tolist():
+            if union.root(i) != union.root(j):
+                a, b = pieces(i), pieces(j)
+                shared = len(a & b)
+                if shared >= threshold * (len(a) + len(b) - shared):
+                    union.join(i, j)
     return union.groups()
+
+
+def _pieces(text: str) -> set[str]:
+    return {text[i : i + _PIECE] for i in range(max(1, len(text) - _PIECE + 1))}
+
+
+def _chunks(texts: Sequence[str]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Some texts at a time: the number of the first, and for each of their pieces the text (counted from the first) and
+    the hash."""
+    first = 0
+    while first < len(texts):
+        last, letters = first, 0
+        while last < len(texts) and (letters < _CHUNK or last == first):
+            letters += max(len(texts[last]), _PIECE)
+            last += 1
+        padded = [text if len(text) >= _PIECE else text.ljust(_PIECE, "\0") for text in texts[first:last]]
+        codes = np.frombuffer("".join(padded).encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
+        owner = np.repeat(np.arange(last - first), [len(text) for text in padded])
+        hashes = np.zeros(len(codes) - _PIECE + 1, np.uint64)
+        for place in range(_PIECE):
+            hashes = (hashes ^ codes[place : place + len(hashes)]) * _MIX
+            hashes ^= hashes >> _SHIFT
+        inside = owner[: len(hashes)] == owner[_PIECE - 1 :]  # no piece reaches into the next text
+        owner, hashes = owner[: len(hashes)][inside], hashes[inside]
+        yield first, owner, hashes
+        first = last
+
+
+def _prefixes(texts: Sequence[str], counts: np.ndarray, threshold: float) -> tuple[np.ndarray, ...]:
+    """The number of pieces of each text `[texts]`, the bits that they set `[texts, words]`, and the rarest pieces of each
+    that occur elsewhere: their texts and hashes."""
+    sizes = np.zeros(len(texts), np.int64)
+    bits = np.zeros((len(texts), _BITS // 64), np.uint64)
+    owners, keys = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
+    for first, owner, hashes in _chunks(texts):
+        rarity = counts[hashes % np.uint64(_BUCKETS)]
+        order = np.lexsort((hashes, rarity, owner))
+        owner, hashes, rarity = owner[order], hashes[order], rarity[order]
+        new = np.ones(len(hashes), bool)  # each piece once a text
+        new[1:] = (owner[1:] != owner[:-1]) | (hashes[1:] != hashes[:-1])
+        owner, hashes, rarity = owner[new], hashes[new], rarity[new]
+        lengths = np.bincount(owner)
+        sizes[first : first + len(lengths)] = lengths
+        bit = (hashes >> np.uint64(40)) % np.uint64(_BITS)
+        set_bits = np.zeros((len(lengths), _BITS), bool)
+        set_bits[owner, bit] = True
+        bits[first : first + len(lengths)] = np.packbits(set_bits, axis=1).view(np.uint64)
+        position = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        most = lengths - np.ceil(threshold * lengths - 1e-9).astype(np.int64) + 1
+        taken = (position < most[owner]) & (rarity > 1)
+        owners.append(owner[taken] + first)
+        keys.append(hashes[taken])
+    return sizes, bits, np.concatenate(owners), np.concatenate(keys)
+
+
+def _candidates(sizes: np.ndarray, owners: np.ndarray, keys: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Each text with the texts, no longer than it, that share one of its rarest pieces."""
+    rank = np.empty(len(sizes), np.int64)
+    rank[np.argsort(sizes, kind="stable")] = np.arange(len(sizes))
+    order = np.lexsort((rank[owners], keys))
+    owners, keys = owners[order], keys[order]
+    begins = np.ones(len(keys), bool)
+    begins[1:] = keys[1:] != keys[:-1]
+    start = np.maximum.accumulate(np.where(begins, np.arange(len(keys)), 0))  # where the run of its key begins
+    later = np.flatnonzero(start < np.arange(len(keys)))
+    later = later[np.argsort(rank[owners[later]], kind="stable")]
+    edges = np.flatnonzero(np.diff(owners[later], prepend=-1, append=-1)) if len(later) else np.zeros(0, np.int64)
+    for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        places = later[low:high]
+        yield int(owners[places[0]]), np.concatenate([owners[start[p] : p] for p in places.tolist()])
