@@ -1,0 +1,109 @@
+"""Several labels, numbers and similar texts: from a file to answers, by the commands a person types."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+
+import numpy as np
+import pytest
+from tiny_bases import WORDS, save_bert
+
+SMALL = ["--epochs", 4, "--batch-size", 8, "--learning-rate", "1e-2", "r=3"]
+
+
+def texts(count):
+    chance = random.Random(0)
+    return [" ".join(chance.choices(WORDS, k=chance.randrange(3, 12))) for _ in range(count)]
+
+
+def write(path, columns, rows):
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)
+    return path
+
+
+def read(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_bert(tmp_path_factory.mktemp("base"))
+
+
+def test_several_labels(afina, base, tmp_path):
+    labelled = [(t, ";".join(w for w in ("w1", "w2", "w3") if w in t.split()) or "[]") for t in texts(83)]
+    data = write(tmp_path / "rows.csv", ["text", "tags"], labelled)
+    run = tmp_path / "run"
+    options = ["--task", "multi_label_classification", "task.thresholds=tuned", "task.calibrate=true"]
+    said = afina("train", "--data", data, "--model", base, "--output", run, *SMALL, *options)
+    assert said.code == 0, said.err
+    for part in ("labels are separated by semicolons", "without any label", "mean average precision", "naive Bayes"):
+        assert part in said.out, part
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert set(metrics["test"]["calibration"]) == {"temperature", "before", "after"}
+    assert set(metrics["task"]) >= {"labels", "temperature", "thresholds"}
+    answer = json.loads(afina("predict", run, "--text", "w1 w4", "--json").out)
+    assert set(answer["probabilities"]) == {"w1", "w2", "w3"}
+    assert set(answer["labels"]) <= {"w1", "w2", "w3"}
+    assert afina("predict", run, "--data", data, "--output", tmp_path / "out.csv").code == 0
+    rows = read(tmp_path / "out.csv")
+    assert [row["tags"] for row in rows] == [label for _, label in labelled]
+    thresholds = dict(zip(metrics["task"]["labels"], metrics["task"]["thresholds"], strict=True))
+    for row in rows:
+        reached = [name for name in thresholds if float(row[f"p({name})"]) >= thresholds[name]]
+        assert row["answer"] == (", ".join(reached) or "[]")
+    figures = json.loads(afina("evaluate", run, "--json").out)
+    assert figures["mean_average_precision"] == pytest.approx(metrics["test"]["mean_average_precision"], abs=1e-6)
+
+
+def test_a_number(afina, base, tmp_path):
+    rows = [(t, f"{sum(int(w[1:]) for w in t.split())}") for t in texts(61)]
+    data, run = write(tmp_path / "rows.csv", ["text", "score"], rows), tmp_path / "run"
+    said = afina("train", "--data", data, "--model", base, "--output", run, *SMALL, "--task", "regression")
+    assert said.code == 0, said.err
+    for part in ("RMSE", "Spearman", "always the mean", "ridge"):
+        assert part in said.out, part
+    value = json.loads(afina("predict", run, "--text", "w1 w4", "--json").out)["value"]
+    assert 0 < value < 400
+    assert f"{value:.6g}" in afina("predict", run, "--text", "w1 w4").out
+    wrong = write(tmp_path / "wrong.csv", ["text", "score"], [*rows[:20], ("w1 w2", "3,7"), ("w3", "much")])
+    said = afina("train", "--data", wrong, "--model", base, "--output", tmp_path / "no", "--task", "regression")
+    assert said.code != 0
+    assert "line 22: '3,7' is no number; is the comma a decimal one? Write 3.7" in said.err
+    assert "line 23: 'much' is no number" in said.err
+
+
+def test_similar_texts(afina, base, tmp_path):
+    some = texts(60)
+    data = write(tmp_path / "pairs.csv", ["question", "answer"], [*zip(some[:30], some[30:], strict=True), ("w9", "")])
+    run = tmp_path / "run"
+    said = afina("train", "--data", data, "--model", base, "--output", run, *SMALL, "--task", "sentence_similarity")
+    assert said.code == 0, said.err
+    for part in ("1 row dropped: the text is empty", "MRR", "recall@5", "the base, not tuned", "shared words"):
+        assert part in said.out, part
+    two = json.loads(afina("predict", run, "--text", "w1 w4", "--text-pair", "w5", "--json").out)
+    alone = [json.loads(afina("predict", run, "--text", t, "--json").out)["vector"] for t in ("w1 w4", "w5")]
+    assert two["similarity"] == pytest.approx(float(np.dot(*alone)), abs=1e-4)
+    assert f"{two['similarity']:.6f}" in afina("predict", run, "--text", "w1 w4", "--text-pair", "w5").out
+    assert afina("predict", run, "--data", data, "--output", tmp_path / "out.npz").code == 0
+    found = np.load(tmp_path / "out.npz")
+    assert found["text"].shape == found["text_pair"].shape == (31, 24)
+    assert np.isnan(found["text"][30]).all()
+    assert afina("predict", run, "--data", data, "--output", tmp_path / "out.csv").code == 0
+    for row, a, b in zip(read(tmp_path / "out.csv")[:30], found["text"], found["text_pair"], strict=False):
+        assert float(row["answer"]) == pytest.approx(float(a @ b), abs=1e-5)
+
+
+def test_what_has_no_vectors_says_so(afina, base, tmp_path):
+    data = write(tmp_path / "rows.csv", ["text", "label"], [(t, "ab"["w1" in t]) for t in texts(40)])
+    assert afina("train", "--data", data, "--model", base, "--output", tmp_path / "run", *SMALL, "--epochs", 1).code == 0
+    said = afina("predict", tmp_path / "run", "--data", data, "--output", tmp_path / "out.npz")
+    assert said.code != 0
+    assert "sequence_classification answers with no vectors" in said.err
+    assert not (tmp_path / "out.npz").exists()
