@@ -9,7 +9,6 @@ import tiny_bases
 import torch
 import transformers as tf
 
-from afina.tasks.catalogue import tasks
 from afina.training.recipe import DataOptions, Recipe, TrainingOptions
 
 WORDS = tiny_bases.WORDS
@@ -59,7 +58,7 @@ def alike(chance):
     words = chance.choices(WORDS, k=9)
     kept = chance.randrange(1, 8)
     other = [*words[:kept], *chance.choices(WORDS, k=9 - kept)]
-    return {"text_a": " ".join(words), "text_b": " ".join(other), "score": kept / 9}
+    return {"text": " ".join(words), "text_pair": " ".join(other), "score": kept / 9}
 
 
 def _text(chance, *inside):
@@ -99,7 +98,7 @@ CASES = {
     "regression": (numbered, tiny_bases.save_bert, {}),
     "token_classification": (tagged, tiny_bases.save_bert, {}),
     "question_answering": (asked, tiny_bases.save_bert, {}),
-    "causal_lm": (instructed, save_causal, {"max_new_tokens": 5}),
+    "causal_lm": (instructed, save_causal, {"max_new_tokens": 5, "generate": True}),
     "seq2seq": (translated, save_t5, {"max_new_tokens": 5}),
     "sentence_similarity": (alike, tiny_bases.save_bert, {}),
 }
@@ -115,8 +114,6 @@ def case(name, folder, rows=47, **training):
             file.write(json.dumps(row(chance), ensure_ascii=False) + "\n")
     if not (folder / "base").is_dir():
         save(folder / "base")
-    fields = tasks()[name].Options.__dataclass_fields__
-    options = {key: value for key, value in options.items() if key in fields}
     return Recipe(
         task={"name": name, **options},
         model=str(folder / "base"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,7 +70,7 @@ def predict(
             raise ConfigError(f"--text-pair: {trained.task.name} reads one text, not two")
         if "text_pair" in asked and not text_pair and trained.task.kind.columns["text_pair"].required:
             raise ConfigError(f"--text-pair is missing: {trained.task.kind.columns['text_pair'].help}")
-    examples = [replace(e, label="") for e in trained.examples(rows, read.lines if read else ())]  # all of them are asked
+    examples = trained.asked(rows, read.lines if read else ())
     full = [e for e in examples if e.text.strip()]
     if not full:
         raise ConfigError("every text is empty")

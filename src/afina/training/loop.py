@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 
 from afina.core.adapter import SavedModule
 from afina.core.files import write_atomically
@@ -57,7 +57,10 @@ def make_accelerator(precision: str) -> Accelerator:
     """The devices and processes there are; raises TrainingError where processes were started and are not seen (T44)."""
     AcceleratorState._reset_state()  # precision is kept per process otherwise, and a second run could not have another
     alone = not torch.accelerator.is_available()  # else accelerate overlooks the processes that torchrun started
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=alone)
+    # an adapter may sit where the output does not depend on it, which must not stop the processes waiting for each other
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    mixed = "no" if precision == "fp32" else precision
+    accelerator = Accelerator(mixed_precision=mixed, cpu=alone, kwargs_handlers=[unused])
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
         raise TrainingError(

@@ -86,6 +86,10 @@ class TrainedRun:
         problems.raise_as(DataError, f"{wrong - _NAMED} more rows are like that." if wrong > _NAMED else "")
         return made
 
+    def asked(self, rows: Sequence[Mapping[str, str]], lines: Sequence[int | str] = ()) -> list[Example]:
+        """The same, to be answered: no example says its label."""
+        return [replace(example, label="") for example in self.examples(rows, lines)]
+
     def answers(self, examples: Sequence[Example], batch_size: int = 32) -> list[Any]:
         """One answer an example, in float32; examples have a text."""
         accelerator = make_accelerator("fp32")
