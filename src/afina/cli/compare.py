@@ -37,7 +37,8 @@ def compare(
 
 def show(found: dict[str, Any]) -> None:
     """The table, and a sentence for each pair."""
-    from afina.report.words import duration, interval, size
+    from afina.report.folder import Shown
+    from afina.report.words import duration, size
 
     made, names = found["runs"], [run["run"] for run in found["runs"]]
     rows: list[list[Any]] = [["model", *(r["model"] for r in made)], ["method", *(r["method"] for r in made)]]
@@ -50,12 +51,15 @@ def show(found: dict[str, Any]) -> None:
         ["adapter", *(size(r["adapter_bytes"]) for r in made)],
         ["training", *(duration(r["seconds"]) for r in made)],
         ["test rows", *(f"{r['test_rows']:,}" for r in made)],
-        ["wrong", *(f"{r['wrong']:,}" for r in made)],
-        ["test accuracy", *(f"{r['accuracy']:.1%}" for r in made)],
-        ["  95 % interval", *(interval(*r["accuracy_interval"]) for r in made)],
-        ["macro F1", *(f"{r['macro_f1']:.3f}" for r in made)],
-        ["  95 % interval", *("{:.3f} to {:.3f}".format(*r["macro_f1_interval"]) for r in made)],
     ]
+    if all(r["wrong"] is not None for r in made):
+        rows.append(["not right", *(f"{r['wrong']:,}" for r in made)])
+    for key, said in found["shown"].items():
+        figure = Shown(**said)
+        rows.append([figure.title, *(figure.said(r["figures"].get(key)) for r in made)])
+        if any(key in r["intervals"] for r in made):
+            ends = [" to ".join(map(figure.said, r["intervals"][key])) if key in r["intervals"] else "-" for r in made]
+            rows.append(["  95 % interval", *ends])
     table(["", *names], rows)
     heading("More than chance?")
     for pair in found["pairs"]:
@@ -71,10 +75,18 @@ def _verdict(pair: dict[str, Any]) -> str:
             f"their test rows differ ({pair['shared_rows']:,} are shared), so their scores cannot be compared. Train both "
             "on the same file with the same seed and shares"
         )
-    first, second, p = pair["only_first"], pair["only_second"], pair["p"]
+    if "p" not in pair:
+        return "the same test rows; rows of this task have no score of their own, so the figures above are all there is"
+    said = "more than chance would give" if (p := pair["p"]) < _CHANCE else "no more than chance may give"
+    if "difference" in pair:
+        gap = pair["difference"]
+        if gap == 0:
+            return f"by {pair['scored']}, the same on average"
+        better = f"the {'first' if gap > 0 else 'second'} is better by {abs(gap):.3g}"
+        return f"by {pair['scored']}, {better} on average; p = {p:.2g} (sign flips): {said}"
+    first, second = pair["only_first"], pair["only_second"]
     if first == second == 0:
         return "the same test rows are right and wrong"
-    said = "more than chance would give" if p < _CHANCE else "no more than chance may give"
     return f"{first:,} rows only the first has right, {second:,} only the second; p = {p:.2g} (McNemar, exact): {said}"
 
 

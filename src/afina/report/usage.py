@@ -27,14 +27,14 @@ def command_lines(run: RunFolder, folder: Path) -> str:
     return "\n".join(dict.fromkeys(lines[1:] if texts.startswith("--data") else lines))
 
 
-def python_lines(run: RunFolder) -> str:
-    """The adapter on its base, with transformers alone beside afina."""
+def python_lines(run: RunFolder, folder: str | None = None) -> str:
+    """The adapter on its base, with transformers alone beside afina; `folder` is where the adapter lies."""
     made = _TASKS.get(run.task)
     if made is None:
         return ""
     auto, options, body = made(run)
     base = str(run.adapter.get("base_model_name_or_path") or run.recipe["model"])
-    folder = str(run.path / "adapter")
+    folder = folder or str(run.path / "adapter")
     loaded = ", ".join([repr(base), *options])
     return f"""import torch
 from transformers import {auto}, AutoTokenizer
@@ -98,15 +98,20 @@ print(standard * {task["deviation"]!r} + {task["mean"]!r})  # the model answers 
     )
 
 
+_PIECES = """begun = first_pieces(text, spans, batch.pop("offset_mapping")[0].tolist())  # which word a piece begins
+with torch"""
+
+
 def _tags(run: RunFolder) -> Lines:
     return (
         "AutoModelForTokenClassification",
         [f"num_labels={len(run.labels)}"],
-        f"""tags = {run.labels!r}
-words = ["A", "list", "of", "words"]
-{_inputs(run, "words, is_split_into_words=True")}best = model(**batch).logits[0].argmax(-1)
-first = {{word: i for i, word in reversed(list(enumerate(batch.word_ids(0)))) if word is not None}}  # its first piece
-print([(words[word], tags[best[i]]) for word, i in sorted(first.items())])""",
+        f"""from afina.tasks.words import first_pieces, joined
+
+tags, words = {run.labels!r}, ["A", "list", "of", "words"]
+text, spans = joined(words)
+{_inputs(run, "text, return_offsets_mapping=True").replace("with torch", _PIECES)}best = model(**batch).logits[0].argmax(-1)
+print([(words[word], tags[tag]) for word, tag in zip(begun, best.tolist()) if word >= 0])""",
     )
 
 

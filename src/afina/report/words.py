@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["counted", "duration", "interval", "percent", "size"]
+__all__ = ["counted", "duration", "percent", "size"]
 
 
 def percent(share: float, digits: int = 1) -> str:
@@ -14,11 +14,6 @@ def percent(share: float, digits: int = 1) -> str:
     if share < 1 and said >= 100:
         return f">{100 - smallest:.{digits}f} %"
     return f"{said:.{digits}f} %"
-
-
-def interval(low: float, high: float) -> str:
-    """`91.4 to 97.7 %`."""
-    return f"{100 * low:.1f} to {100 * high:.1f} %"
 
 
 def counted(count: int, one: str, many: str | None = None) -> str:

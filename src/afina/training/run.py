@@ -36,6 +36,7 @@ from afina.errors import (
 )
 from afina.functions import get_peft_model
 from afina.model import PeftModel
+from afina.report.card import write_card
 from afina.report.html import REPORT, write_report
 from afina.report.statistics import histogram
 from afina.tasks.catalogue import find_task, task_from_settings, tasks
@@ -236,6 +237,7 @@ class Run:
             metrics["read_back"] = self._read_back()
             _write_json(self.output / METRICS, metrics)
             write_report(self.output)
+            write_card(self.output)
         accelerator.wait_for_everyone()
         return metrics
 
