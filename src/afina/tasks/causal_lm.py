@@ -131,12 +131,13 @@ class CausalLM(WritingTask):
         features, questions, answers = list[Feature](), 0, 0
         for number, (row, example) in enumerate(zip(rows, examples, strict=True)):
             whole = sum(len(ids) for ids, _ in row)
-            feature = self._cut(row, length, asked=not example.label)
+            asked = _asks(example)
+            feature = self._cut(row, length, asked=asked)
             kept_answer = len(feature["input_ids"]) - feature["answer_at"]
             if whole > length:
-                cut_answer = bool(example.label) and kept_answer < len(row[-1][0])
+                cut_answer = not asked and kept_answer < len(row[-1][0])
                 answers, questions = answers + cut_answer, questions + (not cut_answer)
-            if example.label and not any(label != IGNORED for label in feature["labels"]):
+            if not asked and not any(label != IGNORED for label in feature["labels"]):
                 raise DataError(
                     f"line {example.line}: no token of this example is a target, so nothing would be learned of it. It is\n"
                     f"{self.tokenizer.decode(feature['input_ids'])}"
@@ -161,7 +162,7 @@ class CausalLM(WritingTask):
     def _parts(self, example: Example) -> list[tuple[str, bool]]:
         """The example as text, answers marked; up to where the answer begins, where it has no label."""
         assert self.prompts is not None
-        if not example.label:
+        if _asks(example):
             return [(self.prompts.question(question_of(example)), False)]
         try:
             return self.prompts.parts(example.value)
@@ -279,3 +280,8 @@ class CausalLM(WritingTask):
     def text_figures(self, answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
         """ROUGE and the share that is equal."""
         return overlap_figures(answers, references)
+
+
+def _asks(example: Example) -> bool:
+    """Whether a conversation waits for its answer; a text alone is a question to a model of conversations."""
+    return example.value is None or not example.label
