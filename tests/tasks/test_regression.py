@@ -10,9 +10,10 @@ import torch
 from tasks_made import SIGNALS, answered, asked, check_parts_change_nothing, examples_of, made, reread, sentences, trained
 from tiny_bases import save_bert, save_gpt2
 
-from afina.errors import DataError
+from afina.errors import DataError, Problems
 from afina.tasks.baselines import word_ridge
 from afina.tasks.regression import Regression, number_in
+from afina.training.recipe import Recipe, TrainingOptions
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +117,10 @@ def test_head_is_one_output_and_nothing_else_is_new(base):
     assert model.config.problem_type == "regression"
     batch = task.collate(task.encode(examples_of("regression", [{"text": "w1"}, {"text": "w2 w3"}]), None, 61).features)
     assert task.outputs(model, batch).shape == torch.Size([2])
+
+
+@pytest.mark.parametrize("name", ["regression", "sentence_similarity"])
+def test_an_option_that_would_do_nothing_is_refused(name):
+    problems = Problems("the recipe")
+    Recipe(task={"name": name}, training=TrainingOptions(label_smoothing=0.1)).check(problems)
+    assert problems.found == [f"training.label_smoothing=0.1: {name} has no classes to spread a target over; leave it out"]

@@ -70,6 +70,7 @@ class Regression(SequenceClassification):
         "loss": Figure("loss", better=-1),
     }
     Options = NoOptions
+    smooths = False
 
     @classmethod
     def learn(cls, train: Sequence[Example], others: Sequence[Example]) -> dict[str, Any]:

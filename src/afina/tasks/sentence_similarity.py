@@ -83,6 +83,7 @@ class SentenceSimilarity(Task):
         "loss": Figure("loss", better=-1),
     }
     figures = {**of_pairs, **of_scores}
+    smooths = False
     untuned = True
     Options = SimilarityOptions
     options: SimilarityOptions

@@ -92,6 +92,7 @@ class Task(ABC):
     kind: ClassVar[Kind]
     figures: ClassVar[Mapping[str, Figure]]  # keys of `metrics` that are shown; the first chooses the weights that are kept
     Options: ClassVar[type] = NoOptions  # a dataclass of `option` fields
+    smooths: ClassVar[bool] = True  # whether label smoothing means something
     untuned: ClassVar[bool] = False  # the base answers without training too: its figures are a baseline
 
     label_smoothing = 0.0  # of the training loss; figures do not know it

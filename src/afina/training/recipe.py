@@ -125,6 +125,9 @@ class Recipe:
             return None
         options = task_options(task, {k: v for k, v in self.task.items() if k != "name"}, problems, spell)
         self.task = {"name": name, **dataclasses.asdict(options)}
+        if self.training.label_smoothing and not task.smooths:
+            asked = f"{spell('training.label_smoothing')}={self.training.label_smoothing}"
+            problems.add(f"{asked}: {name} has no classes to spread a target over; leave it out")
         best = self.training.best
         chooses = [key for key, figure in task.figures.items() if not figure.final]
         if best is not None and best not in chooses:
