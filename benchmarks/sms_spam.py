@@ -111,7 +111,6 @@ WAYS: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
 def measure(data: Path, ways: list[str], seeds: list[int], results: dict[str, Any], save: Callable[[], None],
             **training: Any) -> None:  # fmt: skip
     """Fill in the rows that are not there yet, seeds outermost, so that what is there is always whole seeds."""
-    quiet()
     for seed in seeds:
         for way in ways:
             if any(row["way"] == way and row["seed"] == seed for row in results["rows"]):
@@ -177,6 +176,7 @@ def main() -> None:
     if options.output.is_file() and not options.again:
         results = json.loads(options.output.read_text(encoding="utf-8"))
     results["about"] = about(PACKAGES, 1)
+    quiet()
     measure(options.data, options.ways, options.seeds, results, lambda: write_json(options.output, results))
 
 
