@@ -132,9 +132,17 @@ class QuestionAnswering(Task):
         moved = [e.line for e in (*train, *others) if e.value.moved]
         return {"unanswerable": not all(e.value.answers for e in train), "moved": len(moved)}
 
-    def _notes(self) -> list[str]:
+    def _notes(self, questions: int, windows: int, lost: int, max_length: int) -> list[str]:
         """What was found out about the rows."""
         said = []
+        if windows > questions:
+            said.append(f"{questions} questions are read in {windows} windows of up to {max_length} tokens")
+        if lost:
+            most = self.options.max_answer_tokens
+            said.append(
+                f"{lost} answer{'s are' if lost > 1 else ' is'} whole in no window, or longer than {most} tokens "
+                "(task.max_answer_tokens): not taught, and counted as missed"
+            )
         if moved := self.learned.get("moved", 0):
             rows = f"{moved} rows have answers" if moved > 1 else "1 row has an answer"
             said.append(f"{rows} without a right answer_start, taken from the one place where the answer occurs")
@@ -186,7 +194,8 @@ class QuestionAnswering(Task):
         if missing:
             lines = shortened(examples[i].line for i in missing)
             raise DataError(f"{len(missing)} contexts (line {lines}) hold nothing that the tokenizer reads; remove them")
-        return Encoded(features, self._aim(examples, features), max_length, self._notes())
+        lost = self._aim(examples, features)
+        return Encoded(features, lost, max_length, self._notes(len(examples), len(features), lost, max_length))
 
     def _stride(self, examples: Sequence[Example], lengths: Sequence[int], max_length: int) -> int:
         """Tokens that windows share. Raises ConfigError where the questions leave no room for the context."""

@@ -291,7 +291,7 @@ class TokenClassification(Task):
         """The entities with type and probability, and the tags."""
         found = self._entities(answer, example)
         said = "; ".join(f"{e['text']} ({e['type']}, {e['probability']:.3f})" for e in found)
-        return {"answer": said or "(none)", "tags": " ".join(answer.tags)}
+        return {"answer": said or "(none)", "answer_tags": " ".join(answer.tags)}
 
     def respond(self, answer: Any, example: Example) -> dict[str, Any]:
         """Entities with their characters in the text and the least probability of their words' tags; words and tags."""
