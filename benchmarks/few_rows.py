@@ -56,8 +56,8 @@ class Way:
 
 
 DATA_SETS = {
-    "sms_spam": DataSet("SMS spam, 2 classes", 100, 16),
-    "clinc150_imbalanced": DataSet("CLINC150, 150 intents", 300, 32),
+    "sms_spam": DataSet("SMS spam, 2 classes", 80, 16),
+    "clinc150_imbalanced": DataSet("CLINC150, 150 intents", 250, 32),
 }
 DEFAULT: dict[str, float | None] = dict.fromkeys(DATA_SETS)
 WAYS = {
