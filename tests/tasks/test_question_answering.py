@@ -287,7 +287,7 @@ def test_the_best_stretch_against_all_stretches(encoder):
 def test_a_tiny_decoder_memorises(tmp_path):
     base = save(tmp_path / "base", bytelevel(TEXTS), hidden=32)
     task, model, rows = made("question_answering", base, rows_of(13), r=16)
-    trained(task, model, rows, tmp_path / "run", epochs=25)
+    trained(task, model, rows, tmp_path / "run", epochs=25, evaluate_every=25.0)
     answers = answered(task, model, rows)
     figures = task.metrics(answers, rows.examples)
     assert figures["exact_match"] > 0.9
@@ -331,7 +331,7 @@ def test_questions_without_an_answer(encoder, tmp_path):
     task, model, encoded = made("question_answering", encoder, rows, r=8)
     assert task.learned["unanswerable"]
     untrained = task.metrics(answered(task, model, encoded), encoded.examples)
-    trained(task, model, encoded, tmp_path, epochs=20)
+    trained(task, model, encoded, tmp_path, epochs=20, evaluate_every=20.0)
     answers = answered(task, model, encoded)
     figures = task.metrics(answers, encoded.examples)
     assert figures["without_answer"]["rows"] == 10

@@ -155,6 +155,12 @@ def test_the_scheme_is_said_and_broken_texts_are_counted(base):
     assert notes[1].startswith("2 texts have tags that break IOB2")
 
 
+def test_numbers_for_tags_are_warned_of(base):
+    rows = [{"text": "Ana went to Köln", "label": "[1, 0, 0, 2]"}] * 2
+    task, _, encoded = made("token_classification", base, rows)
+    assert "tags are numbers" in task.encode(encoded.examples, None, 127).notes[1]
+
+
 # --- training and answers
 
 
@@ -165,7 +171,7 @@ def test_t25_parts_change_neither_loss_nor_gradients(base, tmp_path):
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_tiny_model_memorises_32_rows(tmp_path, name):
     task, model, rows = made("token_classification", save(tmp_path / "base", TOKENIZERS[name](TEXTS)), rows_of(32))
-    trained(task, model, rows, tmp_path / "run", epochs=25)
+    trained(task, model, rows, tmp_path / "run", epochs=25, evaluate_every=25.0)
     answers = answered(task, model, rows)
     figures = task.metrics(answers, rows.examples)
     assert figures["f1"] > 0.97

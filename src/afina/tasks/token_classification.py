@@ -134,6 +134,8 @@ class TokenClassification(Task):
         """What was found out about the tags."""
         how = {"IO": "plain tags and O: neighbouring words of one tag are one entity", "plain": "plain tags, one a word"}
         said = [f"tags: {how.get(self.scheme.name, self.scheme.name)}"]
+        if all(label.isdigit() for label in self.labels):
+            said.append("tags are numbers, so none is known to mean no entity: every word counts in F1. Write names instead")
         if illegal := self.learned.get("illegal", 0):
             said.append(
                 f"{illegal} text{'s have' if illegal > 1 else ' has'} tags that break {self.scheme.name}, read as conlleval "
