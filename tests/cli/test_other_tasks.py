@@ -87,6 +87,9 @@ def test_similar_texts(afina, base, tmp_path):
     assert said.code == 0, said.err
     for part in ("1 row dropped: the text is empty", "MRR", "recall@5", "the base, not tuned", "shared words"):
         assert part in said.out, part
+    figures = json.loads(afina("evaluate", run, "--json").out)
+    tested = json.loads((run / "metrics.json").read_text())["test"]
+    assert figures["mrr"] == pytest.approx(tested["mrr"], abs=1e-6)
     two = json.loads(afina("predict", run, "--text", "w1 w4", "--text-pair", "w5", "--json").out)
     alone = [json.loads(afina("predict", run, "--text", t, "--json").out)["vector"] for t in ("w1 w4", "w5")]
     assert two["similarity"] == pytest.approx(float(np.dot(*alone)), abs=1e-4)

@@ -124,3 +124,15 @@ def test_an_option_that_would_do_nothing_is_refused(name):
     problems = Problems("the recipe")
     Recipe(task={"name": name}, training=TrainingOptions(label_smoothing=0.1)).check(problems)
     assert problems.found == [f"training.label_smoothing=0.1: {name} has no classes to spread a target over; leave it out"]
+
+
+def test_a_figure_that_is_not_there_chooses_nothing(base, tmp_path, monkeypatch):
+    """R² and correlations are None where nothing varies; the smallest loss decides then."""
+    task, model, encoded = made("regression", base, rows_of(11))
+    told = []
+    figures = task.metrics
+    monkeypatch.setattr(task, "metrics", lambda answers, examples: {**figures(answers, examples), "r2": None})
+    trained(task, model, encoded, tmp_path, told.append, epochs=3, best="r2", learning_rate=3e-3)
+    losses = [line["validation_loss"] for line in told if "validation_loss" in line]
+    best = [line["best"] for line in told if "validation_loss" in line]
+    assert best == [i == 0 or loss < min(losses[:i]) for i, loss in enumerate(losses)]

@@ -286,7 +286,12 @@ def test_scores_are_there_for_all_rows_or_none(base):
         SentenceSimilarity.learn(examples_of(NAME, same), [])
     with pytest.raises(DataError, match=r"task\.objective=scores: there is no column of scores"):
         made(NAME, base, pairs_of(3), objective="scores")
-    task, _, encoded = made(NAME, base, scored(5), objective="pairs")
+    with pytest.raises(ConfigError, match=r"task\.temperature=0\.1 belongs to pairs without scores"):
+        made(NAME, base, scored(5), temperature=0.1)
+    task, model, encoded = made(NAME, base, scored(5))
+    with pytest.raises(DataError, match=r"1 of 5 rows have no score \(line 5\)"):
+        task.metrics(answered(task, model, encoded), examples_of(NAME, rows))
+    task, _, encoded = made(NAME, base, scored(5), objective="pairs", temperature=0.1)
     assert set(task.figures) == set(SentenceSimilarity.of_pairs)
     assert "labels" not in task.collate(encoded.features)
 

@@ -22,7 +22,7 @@ import torch
 from afina.core.config import option
 from afina.data.clean import normalised
 from afina.data.example import Column, Example, Kind
-from afina.errors import DataError, shortened
+from afina.errors import ConfigError, DataError, shortened
 from afina.tasks.baselines import word_overlap
 from afina.tasks.batches import pad_right
 from afina.tasks.in_batch import ranking_losses, ranks, step_loss
@@ -93,6 +93,11 @@ class SentenceSimilarity(Task):
         if self.options.objective == "scores" and not self.learned.get("scored"):
             raise DataError("task.objective=scores: there is no column of scores; name it with data.label")
         self.scored = bool(self.learned.get("scored")) and self.options.objective != "pairs"
+        if self.scored and self.options.temperature != SimilarityOptions().temperature:
+            raise ConfigError(
+                f"task.temperature={self.options.temperature:g} belongs to pairs without scores; these have scores, so "
+                "leave it out, or say task.objective=pairs"
+            )
         self.figures = dict(self.of_scores if self.scored else self.of_pairs)  # type: ignore[misc]
         self.pooling = self.options.pooling
 
@@ -250,6 +255,8 @@ class SentenceSimilarity(Task):
     def metrics(self, answers: Sequence[Any], examples: Sequence[Example]) -> dict[str, Any]:
         """Correlations of cosine and score; or, of pairs, where each second text ranks among up to 1,000 of them."""
         if self.scored:
+            if without := [e.line for e in examples if not e.label]:
+                raise DataError(f"{len(without)} of {len(examples)} rows have no score (line {shortened(without, 5)})")
             cosines = np.asarray([float(a @ b) for a, b in answers])
             targets = np.asarray([self._cosine(e.label) for e in examples])
             return {

@@ -54,6 +54,7 @@ class SequenceClassification(Task):
     figures = {
         "macro_f1": Figure("macro F1"),
         "accuracy": Figure("accuracy", ".1%"),
+        "roc_auc": Figure("ROC AUC"),
         "loss": Figure("loss", better=-1),
     }
     Options: ClassVar[type] = ClassificationOptions

@@ -186,7 +186,8 @@ def fit(
             if evaluated:
                 answers = predict(model, task, validation, options.batch_size * 2, accelerator)
                 figures = task.metrics(answers, validation.examples)
-                score = (task.figures[best_by].better * figures[best_by], -figures["loss"])
+                reading = -math.inf if figures[best_by] is None else task.figures[best_by].better * figures[best_by]
+                score = (reading, -figures["loss"])
                 improved, reached = score > best_score, _epochs(now, steps_per_epoch)
                 waited = 0 if improved else waited + 1
                 if improved:
