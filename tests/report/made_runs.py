@@ -1,4 +1,4 @@
-"""Run folders made without training: every file a report reads, from random answers."""
+"""Run folders of a classifier made without training: every file a report reads, from random answers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ import json
 import numpy as np
 import yaml
 
+from afina.report.statistics import histogram
 from afina.tasks.metrics import classification_metrics
+
+FIGURES = {"macro_f1": {"title": "macro F1", "form": ".3f", "better": 1, "final": False},
+           "accuracy": {"title": "accuracy", "form": ".1%", "better": 1},
+           "loss": {"title": "loss", "better": -1}}  # fmt: skip
 
 
 def made_run(folder, *, labels=("complaint", "other"), rows=47, texts=None, columns=("message", "label"), seed=0, skill=2.0):
@@ -31,16 +36,19 @@ def made_run(folder, *, labels=("complaint", "other"), rows=47, texts=None, colu
     train = {"seconds": 61.5, "best_epoch": 2, "trainable_parameters": 97, "total_parameters": 1009, "steps": 6,
              "tokens": 500,
              "tokens_per_second": 8.1, "peak_memory_bytes": 3 << 30, "precision": "fp32", "threads": 1}  # fmt: skip
-    metrics = {"test": test, "validation": test, "baselines": {"majority": base, "word_counts": base}, "train": train,
-               "versions": {"python": "3.11", "afina": "0"}}  # fmt: skip
+    task = {"name": "sequence_classification", "options": {"calibrate": False}, "labels": labels}
+    metrics = {"task": task, "figures": FIGURES, "test": test, "validation": test,
+               "baselines": {"majority": {"title": "always the commonest class", **base}},
+               "train": train, "versions": {"python": "3.11", "afina": "0"}}  # fmt: skip
     (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
     recipe = {"model": "minilm", "data": {"file": "rows.csv", "text": columns[0], "label": columns[1]},
               "method": {"name": "lora", "r": 3},
               "training": {"epochs": 3, "max_length": 61, "best": "macro_f1"}}  # fmt: skip
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
     counts = {label: int((truth == i).sum()) for i, label in enumerate(labels)}
-    report = {"file": "rows.csv", "rows": rows + 2, "kept": rows, "classes": counts, "duplicates": [5, 7], "truncated": 1,
-              "max_length": 61,
+    report = {"file": "rows.csv", "columns": {"text": columns[0], "label": columns[1]}, "rows": rows + 2, "kept": rows,
+              "classes": counts, "duplicates": [5, 7], "truncated": 1, "max_length": 61,
+              "tokens": {"0 %": 2, "50 %": 17, "100 %": 61}, "token_histogram": histogram([2, 17, 17, 61]),
               "splits": {s: {"rows": rows, "classes": counts} for s in ("train", "validation", "test")}}  # fmt: skip
     (folder / "data" / "data_report.json").write_text(json.dumps(report), encoding="utf-8")
     lines = []

@@ -1,4 +1,7 @@
-"""Files written whole or not at all, and weights read without running any code they may hold."""
+"""Files written whole or not at all, and weights read without running any code they may hold.
+
+torch is loaded with the first weights: reports are written without it.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,14 @@ import os
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from afina.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["read_weights", "write_atomically", "write_weights"]
 
@@ -37,6 +41,9 @@ def write_weights(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 
     Raises CheckpointError before an older file is replaced.
     """
+    import torch
+    from safetensors.torch import save_file
+
     for key, tensor in tensors.items():
         if tensor.is_meta:
             raise CheckpointError(f"{key} has no values (it is on the meta device); nothing was written")
@@ -58,6 +65,8 @@ def write_weights(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Tensors of a `.safetensors` or, weights only, of a `.bin` file, on the CPU; raises CheckpointError."""
+    import torch
+
     if path.suffix == ".bin":
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True)

@@ -78,8 +78,8 @@ def _trust(run: RunFolder, key: str, known: Intervals, test: dict[str, Any]) -> 
         what = "the accuracy" if run.task == "sequence_classification" else f"the {run.figures[key].title}"
         said.append(f"With 95 % confidence {what} on more rows like these lies between {low} and {high}.")
     if run.task == "sequence_classification":
-        low, high = (f"{end:.3f}" for end in known["macro_f1"])
-        said.append(f"Macro F1 is {test['macro_f1']:.3f} ({low} to {high}).")
+        ends = f" ({known['macro_f1'][0]:.3f} to {known['macro_f1'][1]:.3f})" if "macro_f1" in known else ""
+        said.append(f"Macro F1 is {test['macro_f1']:.3f}{ends}.")
     if run.figures[key].better < 0:
         said.append("Less is better.")
     return " ".join([*said, "The test rows were read once, after training."])

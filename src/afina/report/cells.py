@@ -49,7 +49,7 @@ class Tagged:
 def tagged(run: RunFolder, row: Row) -> Tagged:
     """A row of token classification; tags that are missing count as none."""
     words, true = (_words(row.given.get(role, "")) for role in ("text", "label"))
-    answered = row.more.get("tags", "").split()
+    answered = row.more.get("answer_tags", "").split()
     short = lambda tags: [*tags, *["O"] * (len(words) - len(tags))][: len(words)]
     return Tagged(words, short(true), short(answered))
 

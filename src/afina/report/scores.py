@@ -14,16 +14,18 @@ from afina.report.cells import answers_in, names_in, number_in, tagged
 from afina.report.folder import RunFolder
 from afina.report.statistics import bootstrapped, macro_f1_interval, middle_95, resampled_sums, wilson
 from afina.tasks.entities import Scheme
-from afina.tasks.orders import pearson, spearman
+from afina.tasks.orders import average_precision, pearson, spearman
 from afina.tasks.spans import ARTICLES, f1
 
 __all__ = ["Intervals", "chosen_labels", "intervals", "row_scores", "true_labels"]
 
 Intervals = dict[str, tuple[float, float]]
+_FEW = 100  # draws of a bootstrap below which it is left out
 
 
 def intervals(run: RunFolder) -> Intervals:
-    """95 % intervals of the figures, by their keys, as far as the test rows tell them."""
+    """95 % intervals of the figures, by their keys, as far as the test rows tell them: where every draw of a bootstrap gives
+    the same, it says nothing of other rows."""
     found: Intervals = {}
     if run.right is not None:
         hits = int(run.right.sum())
@@ -34,14 +36,14 @@ def intervals(run: RunFolder) -> Intervals:
     if run.task == "sequence_classification":
         found["macro_f1"] = macro_f1_interval(run.test["confusion"])
     elif run.task == "multi_label_classification":
-        found |= _of_labels(true_labels(run), chosen_labels(run))
+        found |= _of_labels(true_labels(run), chosen_labels(run)) | _of_ranks(true_labels(run), run.probabilities)
     elif run.task == "token_classification":
         found |= _of_entities(run)
     elif run.task == "question_answering":
         found["f1"] = middle_95(resampled_sums(row_scores(run)[1][:, None])[:, 0] / len(run.rows))
     elif run.task == "regression" or (run.task == "sentence_similarity" and "spearman" in run.figures):
         found |= _of_numbers(run)
-    return {key: between for key, between in found.items() if run.test.get(key) is not None}
+    return {key: ends for key, ends in found.items() if run.test.get(key) is not None and ends[0] < ends[1]}
 
 
 def row_scores(run: RunFolder) -> tuple[str, np.ndarray]:
@@ -93,6 +95,20 @@ def _of_labels(truth: np.ndarray, answers: np.ndarray) -> Intervals:
         "micro_f1": middle_95(2 * hits.sum(axis=1) / np.maximum(either.sum(axis=1), 1)),
         "macro_f1": middle_95(f1_.sum(axis=1) / there),
     }
+
+
+def _of_ranks(truth: np.ndarray, probabilities: np.ndarray) -> Intervals:
+    """Of the mean average precision, whose every draw is sorted anew; none where that would take long."""
+    draws = min(300, 20_000_000 // max(1, truth.size))
+    if draws < _FEW:
+        return {}
+
+    def figure(rows: np.ndarray) -> float | None:
+        curves = [average_precision(probabilities[rows, i], truth[rows, i]) for i in range(truth.shape[1])]
+        there = [curve for curve in curves if curve is not None]
+        return sum(there) / len(there) if there else None
+
+    return {"mean_average_precision": middle_95(bootstrapped(figure, len(truth), draws))}
 
 
 def _of_entities(run: RunFolder) -> Intervals:

@@ -34,7 +34,8 @@ th, td { padding: .3rem .75rem .3rem 0; text-align: left; vertical-align: top; b
     overflow-wrap: break-word; } thead th { color: var(--soft); font-weight: 500; } tbody th { font-weight: 500;
   max-width: 20rem; }
 .bars > div { display: contents; }
-.n { text-align: right; font-variant-numeric: tabular-nums; } .matrix td { text-align: center; padding: .4rem .6rem;
+.n { text-align: right; font-variant-numeric: tabular-nums; } td.n { white-space: nowrap; }
+.matrix td { text-align: center; padding: .4rem .6rem;
   min-width: 3.2rem;
     font-variant-numeric: tabular-nums; border: 1px solid var(--page); } .matrix thead th { max-width: 9rem;
   padding-left: .6rem; }
