@@ -147,7 +147,6 @@ def prepare(
     recipe.resolve_method(model.peft_config["default"])
     everything = [e for examples in splits.values() for e in examples]
     encoded = encoded_once(task, everything, recipe.training.max_length, limit)
-    done.notes += encoded.notes
     recipe.training.max_length = encoded.max_length
     _check_truncation(encoded, len(everything), recipe, spell, limit)
     rows = _sides(splits, encoded)
@@ -266,6 +265,7 @@ class Run:
             "file": self.recipe.data.file,
             "columns": self.columns,
             **self.divided.report(),
+            "notes": [*self.divided.notes, *self.encoded.notes],
             "truncated": self.encoded.truncated,
             "max_length": self.encoded.max_length,
             "tokens": {f"{share} %": lengths[last * share // 100] for share in (0, 5, 25, 50, 75, 95, 100)},
