@@ -110,13 +110,14 @@ class Seq2Seq(WritingTask):
         length = min(usual, max(map(len, sources))) if max_length is None else max_length
         longest = self.learned.get("target_limit", NO_LIMIT)
         longest = longest if self.options.max_target_length is None else min(longest, self.options.max_target_length)
+        special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
         features, cut_sources, cut_targets, cut = list[Feature](), 0, 0, 0
         for number, (example, source, target) in enumerate(zip(examples, sources, targets, strict=True)):
             feature: Feature = {"input_ids": self._shortened(list(source), length), "row": number}
             long = len(source) > length, bool(example.label) and len(target) > longest
             cut_sources, cut_targets, cut = cut_sources + long[0], cut_targets + long[1], cut + any(long)
             if example.label:
-                if target == [self.tokenizer.eos_token_id]:
+                if not set(target) - special:
                     raise DataError(f"line {example.line}: the target {example.label[:40]!r} has no token to be learned")
                 feature["labels"] = target[:longest]
                 feature["decoder_ids"] = [self.learned["start"], *target[:longest][:-1]]
