@@ -14,6 +14,7 @@ from afina.training.run import prepare
 
 LONG = "Name seven fruits that are red, and say where they grow. " * 11
 ROWS = [{"text": "Why?", "label": "No."}, {"text": LONG + "Why?", "label": "It jumps."}, {"text": "Why?", "label": LONG}]
+BOTH = {"text": LONG, "label": LONG}
 
 
 def aimed(feature):
@@ -22,20 +23,22 @@ def aimed(feature):
 
 def test_t30_a_question_is_cut_from_the_left_and_the_answer_stays_whole():
     tokenizer = llama_like()
-    task = task_of("causal_lm", tokenizer, ROWS)
-    whole, short = features_of(task, ROWS, limit=1000), features_of(task, ROWS, length=47)
-    assert (whole.truncated, short.truncated) == (0, 2)
-    assert [len(f["input_ids"]) <= 47 for f in short.features] == [True] * 3
-    first, question, answer = short.features
+    rows = [*ROWS, BOTH]
+    task = task_of("causal_lm", tokenizer, rows)
+    whole, short = features_of(task, rows, limit=1000), features_of(task, rows, length=47)
+    assert (whole.truncated, short.truncated) == (0, 3)
+    assert [len(f["input_ids"]) for f in short.features[1:]] == [47] * 3
+    first, question, answer, both = short.features
     assert aimed(question) == aimed(whole.features[1])
     assert question["input_ids"][0] == tokenizer.bos_token_id
     kept = question["input_ids"][1 : question["answer_at"]]
     assert kept == whole.features[1]["input_ids"][: whole.features[1]["answer_at"]][-len(kept) :]
     assert first["input_ids"] == whole.features[0]["input_ids"]
-    assert answer["answer_at"] == 47 // 4
-    assert aimed(answer) == aimed(whole.features[2])[: 47 - 47 // 4]
+    for feature, uncut, left in zip((answer, both), whole.features[2:], (whole.features[2]["answer_at"], 47 // 4), strict=True):
+        assert feature["answer_at"] == left
+        assert aimed(feature) == aimed(uncut)[: 47 - left]
     assert tokenizer.eos_token_id not in aimed(answer)  # to stop in the middle of a sentence is not taught
-    assert sum("1 questions" in note or "1 answers" in note for note in short.notes) == 2
+    assert sum("1 questions" in note or "2 answers" in note for note in short.notes) == 2
 
 
 def test_t30_source_and_target_are_each_counted(tmp_path):
