@@ -12,6 +12,7 @@ from tasks_made import answered, check_parts_change_nothing, examples_of, made, 
 from text_bases import bytelevel, save, wordpiece
 
 from afina import PromptTuningConfig
+from afina.core.files import read_weights
 from afina.errors import ConfigError, DataError
 from afina.tasks.question_answering import NO_ANSWER, QuestionAnswering
 from afina.tasks.task import IGNORED, Rows
@@ -301,8 +302,8 @@ def test_a_tiny_decoder_memorises(tmp_path):
         assert json.loads(json.dumps(task.respond(answer, example)))["answer"] == answer.text
 
 
-def test_a_run_memorises_its_rows(tmp_path):
-    """From a file, through all that a run does; no context is on two sides (T27)."""
+def test_t05_t27_a_run_memorises_its_rows(tmp_path):
+    """From a file, through all that a run does: the new head comes back, and no context is on two sides."""
     base = save(tmp_path / "base", wordpiece(TEXTS), hidden=48, layers=3)
     with (tmp_path / "rows.jsonl").open("w", encoding="utf-8") as file:
         for row in rows_of(45, seed=3):
@@ -318,6 +319,7 @@ def test_a_run_memorises_its_rows(tmp_path):
     sides = {name: {e.value.context for e in rows.examples} for name, rows in run.rows.items()}
     assert len(run.rows["train"].examples) >= 30
     assert sum(map(len, sides.values())) == len(set.union(*sides.values())) == 15
+    assert any("qa_outputs" in key for key in read_weights(tmp_path / "run" / "adapter" / "adapter_model.safetensors"))
     again = TrainedRun.load(tmp_path / "run")
     figures = again.task.metrics(again.answers(run.rows["train"].examples), run.rows["train"].examples)
     assert figures["exact_match"] > 0.9
