@@ -92,7 +92,7 @@ def test_values_that_are_no_text(tmp_path):
     ("name", "content", "said"),
     [
         ("a.json", b"", "is empty"),
-        ("a.jsonl", b"\n", "has no rows"),
+        ("a.jsonl", b"\n", "is empty"),
         ("a.json", b"[]", "has no rows"),
         ("a.json", b'[{"t": "a",]', "line 1, column 12"),
         ("a.json", b"3", "expected a list of rows"),

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from afina.data.table import read_csv
+from afina.data.table import Form, read_csv
 from afina.errors import DataError
 
 
@@ -67,7 +67,7 @@ def test_what_is_written_is_read_back(tmp_path):
         (b"text,label\na\0b,x\n", "line 2 holds a zero byte"),
         (b"PK\x03\x04rest", "spreadsheet"),
         (b"text,label\none,two,three\nx\n", "line 2 has 3 fields, the header has 2"),
-        (b"text,label\nok,x\nonly\n", "line 3 has 1 fields"),
+        (b"text,label\nok,x\nonly\n", "line 3 has 1 field"),
         (b'text,label\nok,x\n"open,y\nmore,z\n', "begins in line 3 is never closed"),
         (b'text,label\n"a"b,y\n', "line 2"),
         (b"text,label,text\na,b,c\n", "names column 'text' 2 times"),
@@ -120,13 +120,13 @@ def test_t41_an_older_encoding_is_found_and_said(tmp_path, encoding, text):
 
 def test_t41_without_a_header(tmp_path):
     path = written(tmp_path, 'ham\tsay "hi\nspam\t"win\n')
-    for table in (read_csv(path, {"1", "2"}), read_csv(path, header=False)):
+    for table in (read_csv(path, {"1", "2"}), read_csv(path, form=Form(header=False))):
         assert table.columns == ["1", "2"]
         assert [row["2"] for row in table.rows] == ['say "hi', '"win']
         assert table.lines == [1, 2]
         assert any("quotes" in note for note in table.notes)
-    with pytest.raises(DataError, match="line 2 has 1 fields, line 1 has 2"):
-        read_csv(written(tmp_path, "a,b\nc\n"), header=False)
+    with pytest.raises(DataError, match="line 2 has 1 field, line 1 has 2"):
+        read_csv(written(tmp_path, "a,b\nc\n"), form=Form(header=False))
 
 
 def test_packed(tmp_path):

@@ -27,8 +27,11 @@ class CleanReport:
     """What became of the rows of a file; the lists hold line numbers."""
 
     rows: int = 0
+    repaired_texts: list[int | str] = field(default_factory=list)
+    white_space: list[int | str] = field(default_factory=list)
     empty_texts: list[int | str] = field(default_factory=list)
     missing_labels: list[int | str] = field(default_factory=list)
+    too_short: list[int | str] = field(default_factory=list)
     duplicates: list[int | str] = field(default_factory=list)
     near_dropped: list[int | str] = field(default_factory=list)
     conflicting_labels: list[int | str] = field(default_factory=list)
@@ -36,12 +39,21 @@ class CleanReport:
     kept: int = 0
     classes: dict[str, int] = field(default_factory=dict)
 
+    def note_repair(self, line: int | str, *, only_space: bool) -> None:
+        """Note that a text was repaired; a line is told once of each."""
+        lines = self.white_space if only_space else self.repaired_texts
+        if not lines or lines[-1] != line:
+            lines.append(line)
+
     def lines(self) -> list[str]:
         """One sentence for each thing that was found."""
         found = []
         for lines, what in (
+            (self.repaired_texts, "repaired: letters were read in a wrong encoding, or are control characters"),
+            (self.white_space, "repaired: runs of white space"),
             (self.empty_texts, "dropped: the text is empty"),
             (self.missing_labels, "dropped: the label is missing"),
+            (self.too_short, "dropped: too few letters (data.clean.min_letters)"),
             (self.duplicates, "dropped: the same text with the same label is there already"),
             (self.near_dropped, "dropped: nearly the same text is there already"),
             (self.conflicting_labels, "dropped: the same text stands under different labels"),
@@ -60,7 +72,12 @@ def normalised(text: str) -> str:
 
 def clean(examples: Mapping[int, Example], labels: str, options: CleanOptions, report: CleanReport) -> dict[int, Example]:
     """The examples that are kept, by their number and in the order they come in; what was done is put into `report`."""
-    kept = dict(examples)
+    kept = {}
+    for i, example in examples.items():
+        if options.min_letters and sum(map(str.isalnum, example.text)) < options.min_letters:
+            report.too_short.append(example.line)
+        else:
+            kept[i] = example
     if options.label_spelling and labels in CLASSES:
         kept = _one_spelling(kept, labels, report)
     kept = _without_duplicates(kept, labels, options, report)

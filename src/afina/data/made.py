@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from afina.data.clean import CleanReport
 from afina.data.example import Column, Example, Kind
+from afina.data.options import CleanOptions
+from afina.data.repair import repaired
 from afina.data.table import Table
 from afina.errors import DataError, Problems
 
@@ -14,18 +17,22 @@ __all__ = ["in_cell", "made"]
 _TOLD = 5  # rows named in an error
 
 
-def made(table: Table, kind: Kind, columns: Mapping[str, str]) -> tuple[dict[int, Example], list[int], list[int]]:
-    """Examples by the number of their row, then the rows without a text, and those without a label.
+def made(
+    table: Table, kind: Kind, columns: Mapping[str, str], options: CleanOptions, report: CleanReport
+) -> dict[int, Example]:
+    """Examples by the number of their row; what is repaired, and rows without a text or label, are put into the report.
 
     `columns` says which column each role takes. Raises DataError naming rows that are not what the task expects.
     """
     examples: dict[int, Example] = {}
-    without_text: list[int] = []
-    without_label: list[int] = []
     wrong: list[str] = []
     labelled = kind.labels != "none"
     for i, (line, cells) in enumerate(zip(table.lines, table.rows, strict=True)):
         row = {role: in_cell(cells[column], kind.columns[role]) for role, column in columns.items()}
+        for role, value in row.items():
+            row[role] = better = in_cell(value, kind.columns[role], options)
+            if better != value:
+                report.note_repair(line, only_space="".join(value.split()) == "".join(better.split()))
         given = {role: value for role, value in row.items() if value or role != "label"}
         lacks_text = not any(value for role, value in given.items() if role != "label")
         lacks_label = labelled and "label" in columns and "label" not in given
@@ -33,28 +40,30 @@ def made(table: Table, kind: Kind, columns: Mapping[str, str]) -> tuple[dict[int
             example = kind.make(given, line)
         except ValueError as error:
             if lacks_text:
-                without_text.append(i)
+                report.empty_texts.append(line)
             elif lacks_label:
-                without_label.append(i)
+                report.missing_labels.append(line)
             else:
                 wrong.append(f"{_place(line)}: {error}")
             continue
         if not example.text.strip():
-            without_text.append(i)
+            report.empty_texts.append(line)
         elif lacks_label or (labelled and not example.label.strip()):
-            without_label.append(i)
+            report.missing_labels.append(line)
         else:
             examples[i] = replace(example, row=row)
     problems = Problems(str(table.path))
     problems.found = wrong[:_TOLD]
     more = len(wrong) - _TOLD
     problems.raise_as(DataError, f"{more} more row{'s are' if more > 1 else ' is'} like that." if more > 0 else "")
-    return examples, without_text, without_label
+    return examples
 
 
-def in_cell(value: str, column: Column) -> str:
-    """The text of a cell without white space around it, which stays where offsets may point into the text."""
-    return value.strip() if column.repair or not value.strip() else value
+def in_cell(value: str, column: Column, steps: CleanOptions | None = None) -> str:
+    """The text of a cell, repaired by the `steps` and without white space around it, where no offsets point into it."""
+    if not column.repair:
+        return value if value.strip() else ""
+    return value.strip() if steps is None else repaired(value, steps)
 
 
 def _place(line: int | str) -> str:

@@ -7,15 +7,17 @@ is five times as heavy, and would guess types and headers in silence.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from afina.data.table import Table, decoded, read_csv
+from afina.data.rows import Rows
+from afina.data.table import Form, Table, checked_encoding, decoded, open_text, read_csv
 from afina.errors import DataError, MissingDependencyError, Problems, shortened
 
-__all__ = ["REPORT", "SPLITS", "read_table"]
+__all__ = ["NAMES", "REPORT", "SPLITS", "from_objects", "join_sides", "read_table"]
 
 SPLITS = ("train", "validation", "test")
 REPORT = "data_report.json"
@@ -28,59 +30,68 @@ _WRONG = 5  # rows named in an error
 
 
 def read_table(
-    path: str | Path, wanted: Iterable[str] = (), *, header: bool = True, read: Callable[[Path], Any] | None = None
+    path: str | Path, wanted: Iterable[str] = (), *, form: Form | None = None, read: Callable[[Path], Any] | None = None
 ) -> Table:
     """The table in a file or folder, by its ending; anything else is read as CSV.
 
-    `read` knows a form of file of its own: it is asked first, and returns None where a file is of no such form. `wanted`
-    columns help to tell a delimiter. Lists and objects in JSON become JSON text, and `Table.nested` says where they are.
+    `form` says what is known of a text file; `wanted` columns help to tell a delimiter. `read` knows a form of file of its
+    own: it is asked first, and returns None where a file is of no such form. Lists and objects in JSON become JSON text,
+    and `Table.nested` says where they are.
     Raises DataError with all that cannot be read, MissingDependencyError for Parquet without pyarrow.
     """
-    path, wanted = Path(path), set(wanted)
+    path, wanted, form = Path(path), set(wanted), form or Form()
     if read is not None and path.exists() and (table := read(path)) is not None:
         return table  # type: ignore[no-any-return]
     if path.is_dir():
-        return _read_folder(path, wanted, header, read)
+        return _read_folder(path, wanted, form, read)
     ending = Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
     if ending in (".jsonl", ".ndjson"):
-        return _read_json_lines(path)
+        return _read_json_lines(path, form)
     if ending == ".json":
-        return _read_json(path)
+        return _read_json(path, form)
     if ending == ".parquet":
         return _read_parquet(path)
-    return read_csv(path, wanted, header=header)
+    return read_csv(path, wanted, form=form)
 
 
 # --- JSON
 
 
-def _read_json_lines(path: Path) -> Table:
-    text, encoding, notes = decoded(path)
-    found: list[tuple[int, Any]] = []
+def _read_json_lines(path: Path, form: Form) -> Table:
+    notes: list[str] = []
+    encoding = checked_encoding(path, form, notes)
     problems = Problems(str(path))
-    for line, content in enumerate(text.split("\n"), 1):
-        if content.strip():
-            try:
-                found.append((line, json.loads(content)))
-            except (json.JSONDecodeError, RecursionError) as error:
-                problems.add(f"line {line}{_json_place(error, with_line=False)}")
-    if problems.found and not found and text.lstrip().startswith(("[", "{")):
+    begins = ""
+
+    def parsed() -> Iterator[tuple[int, Any]]:
+        nonlocal begins
+        with open_text(path, encoding, newline="\n") as text:
+            for line, content in enumerate(text, 1):
+                begins = begins or content.strip()[:1]
+                if content.strip():
+                    try:
+                        yield line, json.loads(content)
+                    except (json.JSONDecodeError, RecursionError) as error:
+                        problems.add(f"line {line}{_json_place(error, with_line=False)}")
+
+    table = from_objects(path, parsed(), encoding, notes, "line", problems)
+    if problems.found and not table.rows and begins in ("[", "{"):
         raise DataError(f"{path}: no line is JSON by itself. If the whole file is one JSON value, let its name end in .json")
     _raise_first(problems)
-    return _from_objects(path, found, encoding, notes, "line")
+    return table
 
 
-def _read_json(path: Path) -> Table:
-    text, encoding, notes = decoded(path)
+def _read_json(path: Path, form: Form) -> Table:
+    text, encoding, notes = decoded(path, form.encoding)
     if not text.strip():
-        raise DataError(f"{path} is empty")
+        raise DataError(f"{path} is empty; give a file with a list of rows")
     try:
         content = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         first, _, rest = text.strip().partition("\n")
         try:
             if rest and isinstance(json.loads(first), dict):
-                return _read_json_lines(path)
+                return _read_json_lines(path, form)
         except json.JSONDecodeError:
             pass
         raise DataError(f"{path} is not valid JSON{_json_place(error)}") from None
@@ -99,7 +110,7 @@ def _read_json(path: Path) -> Table:
             )
     if not isinstance(content, list):
         raise DataError(f"{path} holds {type(content).__name__} {str(content)[:40]!r}; expected a list of rows")
-    return _from_objects(path, list(enumerate(content, 1)), encoding, notes, "row")
+    return from_objects(path, enumerate(content, 1), encoding, notes, "row")
 
 
 def _json_place(error: Exception, *, with_line: bool = True) -> str:
@@ -108,27 +119,36 @@ def _json_place(error: Exception, *, with_line: bool = True) -> str:
     return f"{f', line {error.lineno}' if with_line else ''}, column {error.colno}: {error.msg}"
 
 
-def _from_objects(path: Path, found: list[tuple[int, Any]], encoding: str, notes: list[str], unit: str) -> Table:
-    """Rows of text from objects; a value that is a list or an object is kept as JSON, and noted."""
-    if not found:
-        raise DataError(f"{path} has no rows")
-    problems = Problems(str(path))
-    columns: dict[str, None] = {}
-    for line, row in found:
-        if isinstance(row, Mapping):
-            columns.update(dict.fromkeys(str(key).strip() for key in row))
-        else:
-            problems.add(f"{unit} {line} is {json.dumps(row)[:40]}; expected an object with a value for each column")
-    _raise_first(problems)
-    rows = []
+def from_objects(
+    path: Path, found: Iterable[tuple[int, Any]], encoding: str, notes: list[str], unit: str,
+    problems: Problems | None = None,
+) -> Table:  # fmt: skip
+    """Rows of text from objects; a value that is a list or an object is kept as JSON, and noted.
+
+    What is no object is told by DataError, or where `problems` come with it, added to them.
+    """
+    told = problems or Problems(str(path))
+    rows, lines = Rows([]), list[int | str]()
+    places: dict[str, int] = {}
     nested: dict[str, str] = {}
     for line, row in found:
+        if not isinstance(row, Mapping):
+            told.add(f"{unit} {line} is {json.dumps(row)[:40]}; expected an object with a value for each column")
+            continue
         values = {str(key).strip(): value for key, value in row.items()}
         for name, value in values.items():
+            if name not in places:
+                places[name] = len(places)
+                rows.add_column(name)
             if isinstance(value, list | dict):
                 nested.setdefault(name, f"{unit} {line}, column {name!r} is {_plain(value)[:40]}")
-        rows.append({name: _plain(values.get(name)) for name in columns})
-    return Table(path, list(columns), rows, [line for line, _ in found], "", encoding, notes, nested=nested)
+        rows.append(_plain(values.get(name)) for name in places)
+        lines.append(line)
+    if not told.found and not rows:
+        raise DataError(f"{path} has no rows; give a file with an object for each row")
+    if problems is None:
+        _raise_first(told)
+    return Table(path, list(places), rows, lines, "", encoding, notes, nested=nested)
 
 
 def _plain(value: Any) -> str:
@@ -155,20 +175,19 @@ def _read_parquet(path: Path) -> Table:
         raise MissingDependencyError("pyarrow", "data", "reading Parquet files") from None
     if not path.is_file():
         raise DataError(f"there is no file {path}")
-    rows: list[Any] = []
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=10_000):
-                rows += batch.to_pylist()
+            batches = file.iter_batches(batch_size=10_000)
+            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+            return from_objects(path, enumerate(rows, 1), "utf-8", [], "row")
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is no whole Parquet file: {str(error).splitlines()[0]}") from None
-    return _from_objects(path, list(enumerate(rows, 1)), "utf-8", [], "row")
 
 
 # --- folders
 
 
-def _read_folder(folder: Path, wanted: set[str], header: bool, read: Callable[[Path], Any] | None) -> Table:
+def _read_folder(folder: Path, wanted: set[str], form: Form, read: Callable[[Path], Any] | None) -> Table:
     files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
     sides: dict[str, Path] = {}
     for file in files:
@@ -179,7 +198,7 @@ def _read_folder(folder: Path, wanted: set[str], header: bool, read: Callable[[P
                 raise DataError(f"{folder} holds two {NAMES[stem]} files, {two}; keep one")
             sides[NAMES[stem]] = file
     if "train" in sides:
-        return _read_splits(folder, sides, wanted, header, read)
+        return _read_splits(folder, sides, wanted, form, read)
     classes = sorted(p for p in folder.iterdir() if p.is_dir() and any(p.glob("*.txt")))
     if classes:
         return _read_texts(folder, classes)
@@ -191,7 +210,7 @@ def _read_folder(folder: Path, wanted: set[str], header: bool, read: Callable[[P
 
 
 def _read_splits(
-    folder: Path, files: dict[str, Path], wanted: set[str], header: bool, read: Callable[[Path], Any] | None
+    folder: Path, files: dict[str, Path], wanted: set[str], form: Form, read: Callable[[Path], Any] | None
 ) -> Table:
     prepared = None
     if (folder / REPORT).is_file():
@@ -204,25 +223,10 @@ def _read_splits(
             raise DataError(f"{folder / REPORT} is no report of `afina prepare`: {error}") from None
     if prepared is not None:
         wanted = wanted or set(prepared["columns"].values())
-    tables = {side: read_table(files[side], wanted, header=header, read=read) for side in SPLITS if side in files}
+    tables = {side: read_table(files[side], wanted, form=form, read=read) for side in SPLITS if side in files}
+    joined = join_sides(folder, tables, {side: files[side].name for side in tables}, wanted)
+    joined.prepared = prepared
     first = tables["train"]
-    problems = Problems(str(folder))
-    for side, table in tables.items():
-        lacking = [name for name in first.columns if name not in table.columns and (not wanted or name in wanted)]
-        if lacking:
-            problems.add(
-                f"{files[side].name} lacks the column {shortened(map(repr, lacking))} of {files['train'].name}; "
-                f"it has {shortened(table.columns)}"
-            )
-    problems.raise_as(DataError)
-    joined = Table(folder, first.columns, [], [], first.delimiter, first.encoding, sides=[], prepared=prepared)
-    for side, table in tables.items():
-        joined.rows += [{name: row.get(name, "") for name in first.columns} for row in table.rows]
-        joined.lines += [f"{files[side].name}:{line}" for line in table.lines]
-        joined.notes += [f"{files[side].name}: {note}" for note in table.notes]
-        joined.nested = {**table.nested, **joined.nested}
-        assert joined.sides is not None
-        joined.sides += [side] * len(table.rows)
     if prepared is not None:
         for role, column in prepared["columns"].items():
             setattr(joined, role, column)
@@ -231,14 +235,38 @@ def _read_splits(
     return joined
 
 
+def join_sides(path: Path, tables: Mapping[str, Table], names: Mapping[str, str], wanted: set[str]) -> Table:
+    """Tables of sides as one, with the columns of train; a line becomes `train.csv:12`. Raises DataError for what lacks."""
+    first = tables["train"]
+    problems = Problems(str(path))
+    for side, table in tables.items():
+        lacking = [name for name in first.columns if name not in table.columns and (not wanted or name in wanted)]
+        if lacking:
+            problems.add(
+                f"{names[side]} lacks the column {shortened(map(repr, lacking))} of {names['train']}; "
+                f"it has {shortened(table.columns)}"
+            )
+    problems.raise_as(DataError)
+    joined = Table(path, first.columns, Rows(first.columns), [], first.delimiter, first.encoding, sides=[])
+    for side, table in tables.items():
+        joined.rows += ({name: row.get(name, "") for name in first.columns} for row in table.rows)
+        joined.lines += [f"{names[side]}:{line}" for line in table.lines]
+        joined.notes += [f"{names[side]}: {note}" for note in table.notes]
+        joined.nested = {**table.nested, **joined.nested}
+        assert joined.sides is not None
+        joined.sides += [side] * len(table.rows)
+    return joined
+
+
 def _read_texts(folder: Path, classes: list[Path]) -> Table:
-    table = Table(folder, ["text", "label", "file"], [], [], "", "utf-8", text="text", label="label")
+    columns = ["text", "label", "file"]
+    table = Table(folder, columns, Rows(columns), [], "", "utf-8", text="text", label="label")
     for place in classes:
         for file in sorted(place.glob("*.txt")):
             name = f"{place.name}/{file.name}"
             text, encoding, _ = decoded(file)
             if not encoding.startswith("utf"):
                 table.notes.append(f"{name} is read as {encoding}, since it is not UTF-8")
-            table.rows.append({"text": text, "label": place.name, "file": name})
+            table.rows.append((text, place.name, name))
             table.lines.append(name)
     return table

@@ -66,7 +66,7 @@ class TrainedRun:
         labels = {normalised(label): label for label in self.task.labels} if self.task.kind.labels == "class" else {}
         unknown = set()
         for line, row in zip(lines or range(1, len(rows) + 1), rows, strict=True):
-            row = {role: in_cell(text, self.task.kind.columns[role]) for role, text in row.items()}
+            row = {role: in_cell(text, self.task.kind.columns[role], self.recipe.data.clean) for role, text in row.items()}
             try:
                 example = self.task.kind.make(row, line) if row["text"] else Example("", "", line)
             except ValueError as error:
