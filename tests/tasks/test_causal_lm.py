@@ -283,6 +283,52 @@ def test_beams_find_what_is_at_least_as_likely(base):
     assert likelihood[1] >= likelihood[0]
 
 
+@pytest.mark.parametrize("architecture", ["GPT-2", "BART"])
+def test_writing_ends_where_the_positions_of_the_model_do(architecture, tmp_path):
+    base = save(tmp_path / architecture, architecture)
+    name = "causal_lm" if architecture == "GPT-2" else "seq2seq"
+    task, model, _ = made(name, base, PAIRS, max_new_tokens=500)
+    never = task.tokenizer.convert_tokens_to_ids("~")
+    task.ends = lambda model: [never]
+    for length in (1, 150):
+        features = features_of(task, [{"text": "fox " * length}], limit=127).features
+        (answer,) = task.final_answers(model.eval(), task.collate(features))
+        assert answer.text
+
+
+def test_an_encoder_is_refused(tmp_path):
+    """BERT with a head of words loads as a model that continues text, and sees the words it has to foretell."""
+    import transformers as tf
+
+    tokenizer = llama_like()
+    config = tf.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=29
+    )
+    for is_decoder in (False, True):
+        config.is_decoder = is_decoder
+        tf.BertLMHeadModel(config).save_pretrained(tmp_path)
+        task = task_of("causal_lm", tokenizer, PAIRS)
+        if is_decoder:
+            task.load_model(str(tmp_path))
+            continue
+        with pytest.raises(ConfigError, match="BertLMHeadModel sees the tokens that follow"):
+            task.load_model(str(tmp_path))
+
+
+def test_t32_logits_are_computed_where_a_target_is_foretold_and_nowhere_else(base):
+    task, model, rows = made("causal_lm", base, [{"text": "fox " * 40, "label": "No."}, PAIRS[2]])
+    shapes = []
+    hook = model.get_base_model().get_output_embeddings().register_forward_hook(
+        lambda module, inputs, output: shapes.append(tuple(output.shape[:2]))
+    )
+    batch = task.collate(rows.features)
+    task.loss_sum(model, batch)
+    hook.remove()
+    places = {place for row in batch["labels"] for place in (row[1:] != IGNORED).nonzero()[:, 0].tolist()}
+    assert shapes == [(2, len(places))]
+    assert len(places) < batch["labels"].shape[1] / 2
+
+
 # --- whole runs
 
 

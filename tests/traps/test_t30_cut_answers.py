@@ -34,7 +34,8 @@ def test_t30_a_question_is_cut_from_the_left_and_the_answer_stays_whole():
     kept = question["input_ids"][1 : question["answer_at"]]
     assert kept == whole.features[1]["input_ids"][: whole.features[1]["answer_at"]][-len(kept) :]
     assert first["input_ids"] == whole.features[0]["input_ids"]
-    for feature, uncut, left in zip((answer, both), whole.features[2:], (whole.features[2]["answer_at"], 47 // 4), strict=True):
+    lefts = (whole.features[2]["answer_at"], 47 // 4)
+    for feature, uncut, left in zip((answer, both), whole.features[2:], lefts, strict=True):
         assert feature["answer_at"] == left
         assert aimed(feature) == aimed(uncut)[: 47 - left]
     assert tokenizer.eos_token_id not in aimed(answer)  # to stop in the middle of a sentence is not taught

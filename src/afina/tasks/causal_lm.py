@@ -47,7 +47,7 @@ class Options:
     )  # fmt: skip
     generate: bool = option(False, "write answers to test rows too and compare them with those expected")
     generate_rows: int = option(200, "test rows that are answered at most, the first of them", low=1)
-    max_new_tokens: int = option(128, "tokens of a written answer", low=1)
+    max_new_tokens: int = option(128, "tokens of a written answer at most, as far as the model's positions go", low=1)
     num_beams: int = option(1, "answers that are followed at once; 1 takes the likeliest token each time", low=1)
 
 
@@ -101,10 +101,16 @@ class CausalLM(WritingTask):
     # --- model
 
     def load_model(self, path: str) -> Any:
-        """The base, of which nothing may be missing."""
+        """The base, of which nothing may be missing. Raises ConfigError for an encoder, too."""
         from transformers import AutoModelForCausalLM
+        from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
         model = load_base(AutoModelForCausalLM, path, self.tokenizer, heads=())
+        if model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and _looks_ahead(model):
+            raise ConfigError(
+                f"model {path}: {type(model).__name__} sees the tokens that follow, so it would foretell what it reads; "
+                "take a model that was trained to continue text"
+            )
         self.sliced = "logits_to_keep" in inspect.signature(model.forward).parameters
         return model
 
@@ -271,15 +277,30 @@ class CausalLM(WritingTask):
         if not rows:
             return batch["input_ids"], batch["attention_mask"], []
         asked = [batch["input_ids"][row, : batch["answer_at"][row]] for row in rows]
-        room = max(self.limit(model) - self.options.max_new_tokens, 1)  # positions that are left to the question
-        asked = [torch.cat([ids[:1], ids[1:][-(room - 1) :]]) if len(ids) > room > 1 else ids[-room:] for ids in asked]
+        limit = self.room(model, 0)
+        length = max(limit - min(self.options.max_new_tokens, limit // 2), 2)  # positions that are left to the question
+        asked = [torch.cat([ids[:1], ids[1 - length :]]) if len(ids) > length else ids for ids in asked]
         return (*left_padded(asked, self.tokenizer.pad_token_id), rows)
+
+    def room(self, model: Any, width: int) -> int:
+        """Positions of the model, less those of virtual tokens."""
+        methods = getattr(model, "peft_config", {}).values()
+        virtual = max((int(getattr(config, "num_virtual_tokens", None) or 0) for config in methods), default=0)
+        return self.limit(model) - virtual - width
 
     # --- figures
 
     def text_figures(self, answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
         """ROUGE and the share that is equal."""
         return overlap_figures(answers, references)
+
+
+@torch.no_grad()
+def _looks_ahead(model: Any) -> bool:
+    """Whether what is foretold of a token changes with the one behind it."""
+    ids = torch.tensor([[1, 2, 3, 1], [1, 2, 3, 2]])
+    first, second = model.eval()(input_ids=ids).logits[:, :3]
+    return not torch.equal(first, second)
 
 
 def _asks(example: Example) -> bool:

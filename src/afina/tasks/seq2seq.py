@@ -38,7 +38,7 @@ class Options:
     max_target_length: int | None = option(None, "tokens of a target; None: the longest, up to what the model takes", low=2)
     generate: bool = option(True, "write the texts of test rows and compare them with those expected")
     generate_rows: int = option(1000, "test rows whose texts are written at most, the first of them", low=1)
-    max_new_tokens: int = option(128, "tokens of a written text", low=1)
+    max_new_tokens: int = option(128, "tokens of a written text at most, as far as the model's positions go", low=1)
     num_beams: int = option(1, "texts that are followed at once; 1 takes the likeliest token each time", low=1)
 
 
@@ -166,6 +166,10 @@ class Seq2Seq(WritingTask):
         """The sources of the rows that are asked for a text."""
         rows = batch["asked"].nonzero(as_tuple=True)[0]
         return batch["input_ids"][rows], batch["attention_mask"][rows], rows.tolist()
+
+    def room(self, model: Any, width: int) -> int:
+        """Positions of the decoder, one of which the start token takes."""
+        return self.limit(model) - 1
 
     # --- figures
 

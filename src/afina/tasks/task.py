@@ -117,6 +117,12 @@ class Task(ABC):
         """What the model and the loss must know of the data; JSON. The labels, for tasks that have them."""
         return {}
 
+    def weights(self, of_classes: Mapping[str, float], train: Sequence[Example]) -> list[float]:
+        """Weights of the labels in the loss, in their order, from those of the classes of the training rows."""
+        if self.kind.labels != "class" or set(of_classes) != set(self.labels):
+            raise ConfigError(f"data.balance=class_weights: {self.name} has no classes of rows that could weigh more")
+        return [of_classes[label] for label in self.labels]
+
     # --- model
 
     @abstractmethod
@@ -212,7 +218,7 @@ class Task(ABC):
         return dict(self.columns(answer, example))
 
     def arrays(self, answers: Sequence[Any | None]) -> dict[str, Any]:
-        """Numpy arrays of answers, a row each (None: not a number), for .npz files. Raises ConfigError where there are none."""
+        """Numpy arrays of answers, a row each (None: not a number), for .npz files. Raises ConfigError where none are."""
         raise ConfigError(f"{self.name} answers with no vectors, so there is nothing for a .npz file; write a .csv")
 
     def outputs(self, model: Any, batch: Batch) -> torch.Tensor:

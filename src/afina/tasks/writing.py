@@ -74,6 +74,10 @@ class WritingTask(Task):
         """Token ids and mask to write on from, and the row of the batch each belongs to; none where none is asked."""
 
     @abstractmethod
+    def room(self, model: Any, width: int) -> int:
+        """How many tokens can be written after questions of `width` tokens."""
+
+    @abstractmethod
     def ends(self, model: Any) -> list[int]:
         """Tokens that end an answer."""
 
@@ -109,9 +113,10 @@ class WritingTask(Task):
         made = self.answers(model, batch)
         ids, mask, rows = self.questions(model, batch)
         if rows:
+            length = min(self.options.max_new_tokens, self.room(model, ids.shape[1]))
             texts = generated(
-                model, ids, mask, max_new_tokens=self.options.max_new_tokens, num_beams=self.options.num_beams,
-                ends=self.ends(model), pad=self.tokenizer.pad_token_id,
+                model, ids, mask, max_new_tokens=length, num_beams=self.options.num_beams, ends=self.ends(model),
+                pad=self.tokenizer.pad_token_id,
             )  # fmt: skip
             for row, tokens in zip(rows, texts, strict=True):
                 made[row].text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
