@@ -69,10 +69,10 @@ def test_a_real_model_gains_on_real_instructions_and_prose(tmp_path):
         if name == "instructions":
             import json
 
-            (tmp_path / "rows.json").write_text(json.dumps(json.loads(file.read_text())[:330]), encoding="utf-8")
+            (tmp_path / "rows.json").write_text(json.dumps(json.loads(file.read_text())[:220]), encoding="utf-8")
             recipe.data.file = str(tmp_path / "rows.json")
         else:
-            (tmp_path / "book.txt").write_text(file.read_text(encoding="utf-8")[:60_000], encoding="utf-8")
+            (tmp_path / "book.txt").write_text(file.read_text(encoding="utf-8")[:30_000], encoding="utf-8")
             recipe.data.file = str(tmp_path / "book.txt")
         metrics = prepare(recipe, tmp_path / name).execute()
         test, baselines = metrics["test"], metrics["baselines"]
