@@ -132,6 +132,22 @@ def test_answers_from_squad_to_json(afina, places, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("task", "file", "column"),
+    [("token_classification", "ner/train.conll", "tags"), ("question_answering", "qa.json", "answers")],
+)
+def test_prepared_rows_are_lists_again_and_are_taken_as_they_are(afina, places, tmp_path, task, file, column):
+    ready = tmp_path / "ready"
+    said = afina("prepare", "--task", task, "--data", places / file, "--output", ready)
+    assert said.code == 0, said.err
+    lines = [json.loads(x) for x in (ready / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert all(isinstance(line[column], list) for line in lines)
+    words = ["--task", task, "--data", ready, "--model", places / "base", "--output", tmp_path / "run", "--dry-run"]
+    said = afina("train", *words)
+    assert said.code == 0, said.err
+    assert f"train {len(lines)}" in " ".join(said.out.split())
+
+
+@pytest.mark.parametrize(
     ("name", "task", "content", "said"),
     [
         ("rows.conll", "token_classification", "Ana B-x\nvive\nen O\n", "line 2 has 1 column"),

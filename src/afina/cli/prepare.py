@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,7 +72,8 @@ def prepare(
     done = divided(rows, kind, recipe.data, columns=columns, seed=recipe.training.seed)
     output.mkdir(parents=True, exist_ok=True)
     for side, chosen_rows in done.sides.items():
-        _write_rows(output / f"{side}.jsonl", [_row(rows.rows[done.rows[i]], done, i, columns) for i in chosen_rows])
+        made = [_row(rows.rows[done.rows[i]], done, i, columns) for i in chosen_rows]
+        _write_rows(output / f"{side}.jsonl", made, rows.nested)
     _write_report(recipe, output, done, columns)
     _show(recipe, output, done)
 
@@ -118,14 +120,23 @@ def _row(source: dict[str, str], done: Divided, i: int, columns: dict[str, str])
     return {**source, **{column: row[role] for role, column in columns.items()}}
 
 
-def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+def _write_rows(path: Path, rows: list[dict[str, str]], nested: Collection[str]) -> None:
+    """JSON lines; cells of `nested` columns are lists and objects again."""
     import json
+    from contextlib import suppress
 
     from afina.core.files import write_atomically
 
+    def cells(row: dict[str, str]) -> dict[str, Any]:
+        made: dict[str, Any] = dict(row)
+        for name in nested:
+            with suppress(json.JSONDecodeError):  # a text among lists
+                made[name] = json.loads(row[name])
+        return made
+
     def write(path: Path) -> None:
         with path.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(json.dumps(cells(row), ensure_ascii=False) + "\n" for row in rows)
 
     write_atomically(path, write)
 

@@ -78,7 +78,7 @@ def _table(path: Path, lines: list[str], tabs: bool, encoding: str, notes: list[
         notes.append(f"one sentence of {len(found)} words, since no line is blank; put one after each sentence")
     return Table(
         path, names, rows, [sentence[0] for sentence in sentences], "\t" if tabs else " ", encoding, notes,
-        text="tokens", label="tags" if width > 1 else "",
+        text="tokens", label="tags" if width > 1 else "", nested=dict.fromkeys(names, "each row is a list"),
     )  # fmt: skip
 
 

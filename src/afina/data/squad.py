@@ -48,7 +48,10 @@ def read_squad(path: Path) -> Table | None:
     if not rows:
         raise DataError(f"{path} has no questions")
     columns, lines = ["question", "context", "answers", "id", "title"], list(range(1, len(rows) + 1))
-    return Table(path, columns, rows, list(lines), "", encoding, notes, text="question", label="answers")
+    return Table(
+        path, columns, rows, list(lines), "", encoding, notes, text="question", text_pair="context", label="answers",
+        nested={"answers": "each row is a list"},
+    )  # fmt: skip
 
 
 def _listed(holder: Any, key: str, place: str, problems: Problems) -> list[Any]:
