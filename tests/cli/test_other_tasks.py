@@ -10,6 +10,10 @@ import numpy as np
 import pytest
 from tiny_bases import WORDS, save_bert
 
+from afina.errors import AfinaError
+from afina.training.recipe import DataOptions, Recipe
+from afina.training.run import prepare
+
 SMALL = ["--epochs", 4, "--batch-size", 8, "--learning-rate", "1e-2", "r=3"]
 
 
@@ -110,3 +114,22 @@ def test_what_has_no_vectors_says_so(afina, base, tmp_path):
     assert said.code != 0
     assert "sequence_classification answers with no vectors" in said.err
     assert not (tmp_path / "out.npz").exists()
+
+
+def test_t28_classes_weigh_as_asked_in_the_loss_alone(base, tmp_path):
+    """n / (k * count) of the training rows; the rows of the other sides stay as they are."""
+    some = texts(60)
+    labelled = [(t, "rare" if i % 5 == 0 else "usual") for i, t in enumerate(some)]
+    data = write(tmp_path / "rows.csv", ["text", "label"], labelled)
+    asked = {"file": str(data), "balance": "class_weights"}
+    run = prepare(Recipe(model=str(base), data=DataOptions(**asked)), None, trial=True)
+    counts = run.classes("train")
+    rows = sum(counts.values())
+    assert run.task.class_weights == pytest.approx([rows / (2 * counts[label]) for label in run.task.labels])
+    batch = run.task.collate([run.rows["train"].features[i] for i in range(rows)])
+    assert run.task.targets_in(batch) == pytest.approx(rows)  # weights are 1 on average
+    assert sum(run.classes("test").values()) == 12
+    numbers = write(tmp_path / "numbers.csv", ["text", "score"], [(t, i % 7) for i, t in enumerate(some)])
+    recipe = Recipe(task={"name": "regression"}, model=str(base), data=DataOptions(**{**asked, "file": str(numbers)}))
+    with pytest.raises(AfinaError, match="balance"):
+        prepare(recipe, None, trial=True)

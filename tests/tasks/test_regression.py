@@ -18,6 +18,7 @@ from afina.training.recipe import Recipe, TrainingOptions
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
+    torch.manual_seed(0)  # before any test has its own
     return save_bert(tmp_path_factory.mktemp("regression"))
 
 

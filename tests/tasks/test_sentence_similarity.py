@@ -28,6 +28,7 @@ NAME = "sentence_similarity"
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
+    torch.manual_seed(0)  # before any test has its own
     return save_bert(tmp_path_factory.mktemp("similarity"))
 
 

@@ -128,6 +128,8 @@ def prepare(
     tokenizer = load_tokenizer(source)
     add_tokens(tokenizer, recipe.data.new_tokens)
     task = made(tokenizer, options, learned)
+    if done.weights is not None:
+        task.class_weights = task.weights(done.weights, splits["train"])
     recipe.training.best = recipe.training.best or next(iter(task.figures))
     if recipe.training.best not in task.figures:
         asked = f"{spell('training.best')}={recipe.training.best!r}"
