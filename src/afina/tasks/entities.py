@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -95,20 +96,25 @@ def legal_path(probabilities: np.ndarray, labels: Sequence[str], scheme: Scheme)
     if not len(probabilities):
         return []
     scores = np.log(np.clip(probabilities.astype(np.float64), 1e-30, None))
-    steps = np.array([[0.0 if scheme.legal(a, b) else _IMPOSSIBLE for b in labels] for a in labels])
-    if not steps.any():
-        return [int(i) for i in probabilities.argmax(axis=1)]
-    best = scores[0] + np.array([0.0 if scheme.legal(None, b) else _IMPOSSIBLE for b in labels])
+    begin, steps, end = _steps(scheme.name, tuple(labels))
+    best = scores[0] + begin
     back = np.zeros(scores.shape, dtype=np.int64)
     for i in range(1, len(scores)):
         options = best[:, None] + steps  # [tag before, tag]
         back[i] = options.argmax(axis=0)
         best = options.max(axis=0) + scores[i]
-    best = best + np.array([0.0 if scheme.legal(a, None) else _IMPOSSIBLE for a in labels])
-    path = [int(best.argmax())]
+    path = [int((best + end).argmax())]
     for i in range(len(scores) - 1, 0, -1):
         path.append(int(back[i][path[-1]]))
     return path[::-1]
+
+
+@cache
+def _steps(name: str, labels: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Log probabilities of each tag being first `[tags]`, following each other `[before, after]`, and being last `[tags]`."""
+    scheme, around = Scheme(name), (None, *labels)
+    made = np.array([[0.0 if scheme.legal(a, b) else _IMPOSSIBLE for b in around] for a in around])
+    return made[0, 1:], made[1:, 1:], made[1:, 0]
 
 
 def scores(truth: Sequence[Sequence[str]], answers: Sequence[Sequence[str]], scheme: Scheme) -> dict[str, Any]:
