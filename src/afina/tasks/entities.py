@@ -111,7 +111,7 @@ def legal_path(probabilities: np.ndarray, labels: Sequence[str], scheme: Scheme)
 
 @cache
 def _steps(name: str, labels: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Log probabilities of each tag being first `[tags]`, following each other `[before, after]`, and being last `[tags]`."""
+    """Log probabilities of tags being first `[tags]`, following each other `[before, after]`, and being last `[tags]`."""
     scheme, around = Scheme(name), (None, *labels)
     made = np.array([[0.0 if scheme.legal(a, b) else _IMPOSSIBLE for b in around] for a in around])
     return made[0, 1:], made[1:, 1:], made[1:, 0]
