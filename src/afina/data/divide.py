@@ -13,6 +13,7 @@ from afina.data.checks import check_classes, check_empty, check_sides
 from afina.data.clean import CleanReport, clean, count, names_in, normalised
 from afina.data.example import Example, Kind
 from afina.data.groups import joined
+from afina.data.inspect import inspected, said
 from afina.data.made import made
 from afina.data.options import CleanOptions, DataOptions
 from afina.data.read import SPLITS
@@ -46,6 +47,7 @@ class Divided:
     repeated: int = 0  # rows that train has more than once, counted each time but the first
     weights: dict[str, float] | None = None  # of classes, in the loss
     notes: list[str] = field(default_factory=list)
+    inspected: dict[str, Any] = field(default_factory=dict)  # what is to be known of the rows
 
     def lines(self) -> list[str]:
         """One sentence for each thing that was found out, repaired or dropped."""
@@ -61,7 +63,7 @@ class Divided:
             found.append(f"{_counted(self.repeated, 'training row')} repeated, so that classes are of one size")
         if self.weights:
             found.append("classes weigh " + ", ".join(f"{k} {v:.3g}" for k, v in list(self.weights.items())[:8]))
-        return found
+        return [*found, *said(self.inspected)]
 
     def report(self) -> dict[str, Any]:
         """What a data report holds of it."""
@@ -79,6 +81,7 @@ class Divided:
             "notes": self.notes,
             "split": self.split,
             "splits": splits,
+            **self.inspected,
         }
 
 
@@ -123,6 +126,9 @@ def divided(table: Table, kind: Kind, options: DataOptions, *, columns: Mapping[
         _count_known(done, steps.near_share)
     _balance(done, options, table, seed)
     count(done.examples, kind.labels, report)
+    done.inspected = inspected(
+        done.examples, done.rows, table, columns, kind.labels, seed, suspects=steps.suspects
+    )  # fmt: skip
     return done
 
 

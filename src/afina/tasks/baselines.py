@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 
 import numpy as np
+
+from afina.data.terms import WordCounts, terms
 
 __all__ = ["label_frequencies", "majority", "word_counts", "word_overlap", "word_ridge", "words_of_each_label"]
 
@@ -25,13 +26,9 @@ def majority(train: Sequence[int], rows: int, classes: int) -> np.ndarray:
 def word_counts(train_texts: Sequence[str], train: Sequence[int], texts: Sequence[str], classes: int) -> np.ndarray:
     """Probabilities of a naive Bayes classifier on words and pairs of neighbouring words, each counted once a text."""
     vocabulary: dict[str, int] = {}
-    rows = [[vocabulary.setdefault(term, len(vocabulary)) for term in _terms(text)] for text in train_texts]
-    counts = np.ones((classes, len(vocabulary)))  # add-one smoothing
-    for row, target in zip(rows, train, strict=True):
-        counts[target, row] += 1
-    weights = np.log(counts) - np.log(counts.sum(axis=1, keepdims=True))
-    prior = np.log(np.bincount(np.asarray(train), minlength=classes) / len(train))
-    scores = np.stack([prior + weights[:, [vocabulary[t] for t in _terms(x) if t in vocabulary]].sum(axis=1) for x in texts])
+    rows = [[vocabulary.setdefault(term, len(vocabulary)) for term in terms(text)] for text in train_texts]
+    counted = WordCounts(rows, train, len(vocabulary), classes)
+    scores = np.stack([counted.scores([vocabulary[t] for t in terms(text) if t in vocabulary]) for text in texts])
     scores = np.exp(scores - scores.max(axis=1, keepdims=True))
     return scores / scores.sum(axis=1, keepdims=True)
 
@@ -55,7 +52,7 @@ def words_of_each_label(train_texts: Sequence[str], train: np.ndarray, texts: Se
 
 def word_ridge(train_texts: Sequence[str], train: np.ndarray, texts: Sequence[str]) -> np.ndarray:
     """Numbers `[rows]` of a ridge regression on which words and pairs of words a text has, each text scaled to length 1."""
-    counts = Counter(term for text in train_texts for term in _terms(text))
+    counts = Counter(term for text in train_texts for term in terms(text))
     number = {term: i for i, (term, _) in enumerate(counts.most_common(RIDGE_TERMS))}
     n, mean = len(number), float(np.mean(train))
     products, sums = np.eye(n) * RIDGE_PENALTY, np.zeros(n)
@@ -71,7 +68,7 @@ def word_ridge(train_texts: Sequence[str], train: np.ndarray, texts: Sequence[st
 def _scaled(texts: Sequence[str], number: Mapping[str, int]) -> np.ndarray:
     made = np.zeros((len(texts), len(number)))
     for i, text in enumerate(texts):
-        made[i, [number[term] for term in _terms(text) if term in number]] = 1.0
+        made[i, [number[term] for term in terms(text) if term in number]] = 1.0
     return made / np.maximum(np.linalg.norm(made, axis=1, keepdims=True), 1.0)
 
 
@@ -88,8 +85,3 @@ def word_overlap(train_texts: Sequence[str], texts: Sequence[str]) -> np.ndarray
         for word in words:
             row[number[word]] = np.log((1 + len(train_texts)) / (1 + counts[word])) + 1
     return made / np.maximum(np.linalg.norm(made, axis=1, keepdims=True), 1e-9)
-
-
-def _terms(text: str) -> list[str]:
-    words = re.findall(r"\w+", text.lower())
-    return list(dict.fromkeys([*words, *(f"{a} {b}" for a, b in pairwise(words))]))
