@@ -41,7 +41,7 @@ def test_check_tells_everything_that_is_wrong_at_once(afina, places, tmp_path):
         assert part in said.err, said.err
     said = afina("check", recipe(places, tmp_path, training={"best": "f1"}), "task.size=3", "data.tets=0.1")
     assert said.code == 1
-    for part in ("training.best='f1': sequence_classification has no such figure", "task.size", "or 'test'?"):
+    for part in ("training.best='f1': sequence_classification has no such figure", "task.size", "or 'test'"):
         assert part in said.err, said.err
 
 
@@ -67,3 +67,13 @@ def test_an_unknown_task(afina):
     said = afina("tasks", "regresion")
     assert said.code == 1
     assert "'regression'" in said.err
+
+
+def test_every_key_of_a_recipe_may_be_typed_over_it(afina, places, tmp_path):
+    path = recipe(places, tmp_path, model="nowhere/at/all", method={"name": "dora", "r": 2})
+    said = afina("check", path, f"model={places / 'base'}", "method=lora", "method.r=7", "task=sequence_classification")
+    assert said.code == 0, said.err
+    assert "lora" in said.out
+    assert "r=7" in said.out
+    said = afina("check", path, "model=elsewhere/at/all", "task=regresion")
+    assert "Did you mean 'regression'" in said.err

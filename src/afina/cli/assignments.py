@@ -67,9 +67,8 @@ def assemble(given: dict[str, Any], arguments: list[str], problems: Problems) ->
     recipe = read_recipe(Path(files[0])) if files else Recipe()
     for name, value in given.items():
         section, _, key = PLACES[name].rpartition(".")
-        if section in ("method", "task"):
-            if value != getattr(recipe, section).get("name"):
-                setattr(recipe, section, {"name": value})
+        if name in ("model", "method", "task"):
+            name_whole(recipe, name, value)
         else:
             setattr(getattr(recipe, section) if section else recipe, key, value)
     words = [a for a in arguments if a not in files]
@@ -80,8 +79,16 @@ def assemble(given: dict[str, Any], arguments: list[str], problems: Problems) ->
     return recipe
 
 
+def name_whole(recipe: Recipe, key: str, name: str) -> None:
+    """Another model, method or task; a method or task of another name loses the options that the recipe gives it."""
+    if key == "model":
+        recipe.model = name
+    elif name != getattr(recipe, key).get("name"):
+        setattr(recipe, key, {"name": name})
+
+
 def section_options(words: list[str], recipe: Recipe, problems: Problems) -> list[str]:
-    """Put every `training.KEY=VALUE`, `data.KEY=VALUE` and `task.KEY=VALUE` into the recipe; returns the other words."""
+    """Put every key of the recipe (`model=NAME`, `training.KEY=VALUE`, ...) into it; returns options of the method."""
     from afina.tasks.catalogue import tasks
     from afina.training.recipe import parse_value
 
@@ -89,6 +96,12 @@ def section_options(words: list[str], recipe: Recipe, problems: Problems) -> lis
     for word in words:
         place, equals, text = word.partition("=")
         section, _, rest = place.strip().replace("-", "_").partition(".")
+        if equals and not rest and section in ("model", "method", "task"):
+            name_whole(recipe, section, text.strip())
+            continue
+        if equals and rest and section == "method":
+            others.append(f"{rest}={text}")
+            continue
         if section not in ("training", "data", "task") or not equals or not rest:
             others.append(word)
             continue

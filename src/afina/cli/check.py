@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from afina.cli.assignments import assemble, typed_as
+from afina.cli.assignments import assemble
 from afina.cli.plan import show_plan
 from afina.cli.show import console, quiet
 
@@ -27,6 +27,6 @@ def check(
     from afina.training.run import prepare
 
     problems = Problems("afina check")
-    run = prepare(assemble({}, arguments, problems), None, spell=typed_as, problems=problems, trial=True)
+    run = prepare(assemble({}, arguments, problems), None, problems=problems, trial=True)
     show_plan(run)
     console().print("\nNothing was trained or written.")
