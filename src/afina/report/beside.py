@@ -49,7 +49,8 @@ def written(run: RunFolder) -> Markup | None:
 
     Where each row has a loss, the highest comes first.
     """
-    answered = [row for row in run.rows if row.answer]
+    options = run.metrics["task"].get("options", {})
+    answered = run.rows[: options.get("generate_rows")] if options.get("generate") else []
     rows = answered or run.rows
     losses = {id(row): number_in(row.more.get("loss", "")) for row in rows}
     sorted_ = all(loss is not None for loss in losses.values())
@@ -65,19 +66,21 @@ def written(run: RunFolder) -> Markup | None:
     for row in rows[:SHOWN]:
         loss = losses[id(row)]
         marks = [f"loss {loss:.3f}"] if loss is not None else []
-        items.append(el("li", _sides(row), el("p", " · ".join([*marks, f"line {row.line}"]), class_="verdict")))
+        sides = _sides(row, answered=bool(answered))
+        items.append(el("li", sides, el("p", " · ".join([*marks, f"line {row.line}"]), class_="verdict")))
     return el("div", el("p", f"{which}."), el("ol", *items, class_="mistakes"))
 
 
-def _sides(row: Row) -> Markup:
+def _sides(row: Row, *, answered: bool) -> Markup:
     asked, right = _conversation(row)
     parts: list[tuple[str, Node]] = []
     if asked:
         parts.append(("asked" if right else "text", text_of_user(asked)))
     if right:
         parts.append(("right", text_of_user(right)))
-    if row.answer:
-        parts.append(("answer", text_of_user(row.answer)))
+    if answered:
+        said = text_of_user(row.answer) if row.answer else el("p", "nothing was written", class_="text note")
+        parts.append(("answer", said))
     return el("dl", *(node for name, said in parts for node in (el("dt", name), el("dd", said))), class_="sides")
 
 

@@ -98,7 +98,7 @@ def curves(run: RunFolder) -> Markup:
     columns = ["epoch", "training loss", "validation loss", *(run.figures[key].title for key in keys)]
     return el(
         "div",
-        el("p", _went(epochs, kept)),
+        el("p", _went(epochs, kept, sure=bool(run.labels))),
         el(
             "div",
             chart("Loss (lower is better)", lines, described=end, mark=mark, zero=True),
@@ -141,8 +141,8 @@ def _title(run: RunFolder, key: str) -> str:
     return run.figures[key].title if key in run.figures else key
 
 
-def _went(epochs: Sequence[dict[str, Any]], kept: int) -> str:
-    """One sentence on what the curves mean."""
+def _went(epochs: Sequence[dict[str, Any]], kept: float, *, sure: bool) -> str:
+    """One sentence on what the curves mean; `sure`: whether answers have probabilities."""
     if not epochs:
         return "No epoch was logged."
     lowest = min(epochs, key=lambda e: e["validation_loss"])
@@ -152,7 +152,8 @@ def _went(epochs: Sequence[dict[str, Any]], kept: int) -> str:
     if lowest is not last and last["validation_loss"] > 1.1 * lowest["validation_loss"]:
         return (
             f"The validation loss was lowest after epoch {lowest['epoch']} and rose afterwards: the model began to learn "
-            f"the training rows by heart and grew too sure. Epoch {kept} was kept; fewer epochs give better probabilities."
+            f"the training rows by heart and grew too sure. Epoch {kept} was kept"
+            + ("; fewer epochs give better probabilities." if sure else ".")
         )
     return f"Epoch {kept} of {len(epochs)} was kept."
 

@@ -84,7 +84,7 @@ def mistaken_answers(run: RunFolder) -> Markup:
     shown = f"The {SHOWN} of {count}" if len(wrong) > SHOWN else count.capitalize()
     return el(
         "div",
-        el("p", f"{shown} not answered exactly that the model was surest of; some answers are right in other words."),
+        el("p", f"{shown} not answered exactly, the surest first; an answer may be right in other words."),
         _legend((("missed", "right answer"), ("extra", "given answer"), ("hit", "both"))),
         el("ol", *items, class_="mistakes"),
     )
@@ -127,5 +127,5 @@ def _excerpt(context: str, spans: Sequence[tuple[str, int, int]]) -> Markup:
         if len(piece) <= len(before) + len(after) + 20:
             nodes.append(piece)
         else:
-            nodes.append(f"{before} … {after}")
+            nodes.append(f"{before} … {after}".lstrip())
     return el("p", *nodes, class_="text", dir="auto")
