@@ -218,6 +218,20 @@ def test_questions_that_leave_no_room_are_refused(encoder, stride, said):
         task.encode(made_rows.examples, 24, 127)
 
 
+def test_a_row_is_read_alike_whatever_other_rows_are_read_with_it(encoder):
+    """Also where a long question leaves its windows less to share than others have."""
+    rows = rows_of(7, facts=7)
+    rows[2]["text"] = " ".join(NAMES[:5])
+    task, _, made_rows = made("question_answering", encoder, rows)
+    together = task.encode(made_rows.examples, 48, 127).features
+    assert [f["row"] for f in together] == sorted(f["row"] for f in together)
+    for i, example in enumerate(made_rows.examples):
+        alone = task.encode([example], 48, 127).features
+        assert [f["input_ids"] for f in alone] == [f["input_ids"] for f in together if f["row"] == i]
+    own = task._strides(made_rows.examples, [len(task.tokenizer(r["text"])["input_ids"]) - 2 for r in rows], 48)
+    assert len(set(own)) == 2
+
+
 # --- loss and answers
 
 

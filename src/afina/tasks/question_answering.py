@@ -168,28 +168,32 @@ class QuestionAnswering(Task):
         if max_length is None:
             whole = self.tokenizer(questions, contexts, truncation=False)["input_ids"]
             max_length = min(limit, max(len(row) for row in whole))
-        stride = self._stride(examples, [len(row) for row in alone], max_length)
+        strides = self._strides(examples, [len(row) for row in alone], max_length)
         types = "token_type_ids" in self.tokenizer.model_input_names
-        windows = self.tokenizer(
-            questions, contexts, truncation="only_second", max_length=max_length, stride=stride, padding=False,
-            return_overflowing_tokens=True, return_offsets_mapping=True, return_token_type_ids=types,
-        )  # fmt: skip
         features: list[Feature] = []
-        for i, row in enumerate(windows["overflow_to_sample_mapping"]):
-            ids, sides = list(windows["input_ids"][i]), windows.sequence_ids(i)
-            if 1 not in sides:
-                continue  # a context of nothing that the tokenizer reads; told below
-            first = sides.index(1)
-            last = len(sides) - sides[::-1].index(1)
-            cls = self.tokenizer.cls_token_id
-            feature: Feature = {
-                "input_ids": ids, "row": int(row), "context": [first, last],
-                "offsets": [letter for span in windows["offset_mapping"][i][first:last] for letter in span],
-                "null": ids.index(cls) if cls in ids else 0,
-            }  # fmt: skip
-            if types:
-                feature["token_type_ids"] = list(windows["token_type_ids"][i])
-            features.append(feature)
+        for stride in sorted(set(strides)):
+            rows = [i for i, own in enumerate(strides) if own == stride]
+            windows = self.tokenizer(
+                [questions[i] for i in rows], [contexts[i] for i in rows], truncation="only_second", max_length=max_length,
+                stride=stride, padding=False, return_overflowing_tokens=True, return_offsets_mapping=True,
+                return_token_type_ids=types,
+            )  # fmt: skip
+            for i, row in enumerate(windows["overflow_to_sample_mapping"]):
+                ids, sides = list(windows["input_ids"][i]), windows.sequence_ids(i)
+                if 1 not in sides:
+                    continue  # a context of nothing that the tokenizer reads; told below
+                first = sides.index(1)
+                last = len(sides) - sides[::-1].index(1)
+                cls = self.tokenizer.cls_token_id
+                feature: Feature = {
+                    "input_ids": ids, "row": rows[int(row)], "context": [first, last],
+                    "offsets": [letter for span in windows["offset_mapping"][i][first:last] for letter in span],
+                    "null": ids.index(cls) if cls in ids else 0,
+                }  # fmt: skip
+                if types:
+                    feature["token_type_ids"] = list(windows["token_type_ids"][i])
+                features.append(feature)
+        features.sort(key=lambda feature: feature["row"])  # windows of one row stay in their order
         missing = sorted(set(range(len(examples))) - {f["row"] for f in features})
         if missing:
             lines = shortened(examples[i].line for i in missing)
@@ -197,19 +201,21 @@ class QuestionAnswering(Task):
         lost = self._aim(examples, features)
         return Encoded(features, lost, max_length, self._notes(len(examples), len(features), lost, max_length))
 
-    def _stride(self, examples: Sequence[Example], lengths: Sequence[int], max_length: int) -> int:
-        """Tokens that windows share. Raises ConfigError where the questions leave no room for the context."""
+    def _strides(self, examples: Sequence[Example], lengths: Sequence[int], max_length: int) -> list[int]:
+        """Tokens that the windows of each example share: no matter which other examples are encoded with it, so that a row
+        is read alike in training and when it is asked. Raises ConfigError where a question leaves no room."""
         longest = max(range(len(lengths)), key=lambda i: lengths[i])
-        room = max_length - self.tokenizer.num_special_tokens_to_add(pair=True) - lengths[longest]
-        asked = self.options.stride
-        stride = max(0, min(max_length // _SHARE, room // 2)) if asked is None else asked
-        if room <= stride:
+        asked, special = self.options.stride, self.tokenizer.num_special_tokens_to_add(pair=True)
+        rooms = [max_length - special - length for length in lengths]
+        strides = [max(0, min(max_length // _SHARE, room // 2)) if asked is None else asked for room in rooms]
+        room = rooms[longest]
+        if room <= strides[longest]:
             said = "" if asked is None else f" and task.stride={asked} tokens of it are to be shared by neighbouring windows"
             raise ConfigError(
                 f"windows of {max_length} tokens (training.max_length) are too short: line {examples[longest].line} has a "
                 f"question of {lengths[longest]} tokens, which leaves {max(room, 0)} for the context{said}"
             )
-        return stride
+        return strides
 
     def _aim(self, examples: Sequence[Example], features: list[Feature]) -> int:
         """Put the targets of labelled examples, the first of their answers, into the features; returns how many answers
