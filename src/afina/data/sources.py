@@ -8,7 +8,7 @@ from pathlib import Path
 
 from afina.data.example import Kind
 from afina.data.hub import is_hub, read_hub
-from afina.data.options import DataOptions
+from afina.data.options import DELIMITERS, DataOptions
 from afina.data.read import SPLITS, join_sides, read_table
 from afina.data.table import Form, Table
 from afina.errors import DataError
@@ -21,7 +21,8 @@ def read_rows(options: DataOptions, kind: Kind) -> Table:
 
     Raises DataError with all that cannot be read, MissingDependencyError where a library is lacking.
     """
-    form = Form(header=options.header, delimiter=options.delimiter, encoding=options.encoding)
+    delimiter = options.delimiter if options.delimiter in DELIMITERS else ""  # any other is told when options are checked
+    form = Form(header=options.header, delimiter=delimiter, encoding=options.encoding)
     named = [options.text, options.text_pair, options.label, options.group, options.time, options.split_column]
     wanted = set(named) - {""}
 
