@@ -75,6 +75,19 @@ def test_the_same_rows_are_encoded_once_and_others_again(task):
     assert task.times == 5
 
 
+def test_rows_are_encoded_again_by_another_version(task, monkeypatch):
+    encoded_once(task, ROWS, None, 61)
+    encoded_once(task, ROWS, None, 61)
+    assert task.times == 1
+    for name in ("transformers", "tokenizers"):
+        monkeypatch.setattr(cache, "version", lambda library, name=name: "7.11.13" if library == name else "1")
+        cache._code.cache_clear()
+        encoded_once(task, ROWS, None, 61)
+    monkeypatch.undo()
+    cache._code.cache_clear()
+    assert task.times == 3
+
+
 def test_an_entry_that_is_broken_is_made_again_and_old_ones_go(task, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "_KEPT", 3)
     encoded_once(task, ROWS, 5, 61)

@@ -1,8 +1,9 @@
 """Encoded rows on the disk: made once for the same rows, tokenizer and task, and read from there without filling memory.
 
 Features are kept as flat arrays, one file a key, mapped into memory: a token takes 4 bytes and none of them is loaded before
-it is read. The name of an entry is a hash of all that its content follows from, so there is nothing to invalidate. Entries
-lie in AFINA_CACHE, else in the user's cache folder; AFINA_CACHE=off keeps none. The least recently used go first.
+it is read. The name of an entry is a hash of all that its content follows from, code and versions too, so there is nothing
+to invalidate. Entries lie in AFINA_CACHE, else in the user's cache folder; AFINA_CACHE=off keeps none. The least recently
+used go first.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import afina.tasks
 from afina.core.vocabulary import tokenizer_hash
 from afina.data.example import Example
 from afina.tasks.task import Encoded, Feature, Task
@@ -159,7 +163,7 @@ def _cache() -> Path | None:
 
 def _key(task: Task, examples: Sequence[Example], max_length: int | None, limit: int) -> str:
     tokenizer = task.tokenizer
-    about = [_FORM, task.settings(), max_length, limit, tokenizer_hash(tokenizer), type(tokenizer).__name__,
+    about = [_FORM, _code(), task.settings(), max_length, limit, tokenizer_hash(tokenizer), type(tokenizer).__name__,
              tokenizer.model_max_length, getattr(tokenizer, "chat_template", None)]  # fmt: skip
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if backend is not None else {}
@@ -169,6 +173,15 @@ def _key(task: Task, examples: Sequence[Example], max_length: int | None, limit:
     for example in examples:
         digest.update(json.dumps([example.text, example.label, example.value, example.row], default=repr).encode())
     return digest.hexdigest()[:32]
+
+
+@cache
+def _code() -> str:
+    """What encodes: the files of the tasks, and the versions of the libraries below them."""
+    digest = hashlib.sha256(f"{version('transformers')} {version('tokenizers')}".encode())
+    for file in sorted(Path(afina.tasks.__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _flat(values: Sequence[Sequence[int]], kind: Any) -> list[np.ndarray]:
