@@ -81,6 +81,7 @@ class RunFolder:
     steps: list[dict[str, Any]]  # of log.jsonl: one line a step ...
     epochs: list[dict[str, Any]]  # ... and one line an evaluation
     rows: list[Row] = field(default_factory=list)  # of predictions.csv
+    intervals: dict[str, tuple[float, float]] | None = None  # of the figures, once `scores` has computed them
 
     @property
     def task(self) -> str:

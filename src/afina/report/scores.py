@@ -26,6 +26,12 @@ _FEW = 100  # draws of a bootstrap below which it is left out
 def intervals(run: RunFolder) -> Intervals:
     """95 % intervals of the figures, by their keys, as far as the test rows tell them: where every draw of a bootstrap gives
     the same, it says nothing of other rows."""
+    if run.intervals is None:
+        run.intervals = _intervals(run)
+    return run.intervals
+
+
+def _intervals(run: RunFolder) -> Intervals:
     found: Intervals = {}
     if run.right is not None:
         hits = int(run.right.sum())

@@ -56,12 +56,9 @@ def macro_f1_interval(confusion: Sequence[Sequence[int]], seed: int = 0) -> tupl
 def resampled_sums(counts: np.ndarray, resamples: int = 1000, seed: int = 0) -> np.ndarray:
     """Sums over rows of `counts [rows, k]` when the rows are drawn again, with replacement: `[resamples, k]`."""
     rows, chance = len(counts), np.random.default_rng(seed)
-    block = max(1, 5_000_000 // rows)  # weights held at once
-    made = [
-        chance.multinomial(rows, np.full(rows, 1 / rows), size=min(block, resamples - done)) @ counts
-        for done in range(0, resamples, block)
-    ]
-    return np.concatenate(made)
+    return np.stack([
+        np.bincount(chance.integers(0, rows, rows), minlength=rows) @ counts for _ in range(resamples)
+    ])  # fmt: skip
 
 
 def bootstrapped(figure: Callable[[np.ndarray], float | None], rows: int, resamples: int = 300, seed: int = 0) -> np.ndarray:
