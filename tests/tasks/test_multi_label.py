@@ -47,12 +47,6 @@ def test_t25_weights_of_labels_count_as_targets(base):
     torch.testing.assert_close(task.loss_sum(model, batch), plain + 2 * one)
 
 
-def test_rare_labels_weigh_more(base):
-    rows = [{"text": f"w{i}", "label": ["[]", "a", "a, b"][(i % 3 > 0) + (i == 1)]} for i in range(31)]
-    task, _, encoded = made(NAME, base, rows)
-    assert task.weights({}, encoded.examples) == pytest.approx([max(1, 11 / 20), 10.0])
-
-
 def test_loss_is_that_of_its_definition_with_smoothing(base):
     task, model, encoded = made(NAME, base, rows_of(7))
     batch = task.collate(encoded.features)

@@ -34,7 +34,6 @@ SEPARATORS = {"|": "bars", ";": "semicolons", ",": "commas"}
 NONE = "[]"  # how a row without any label is written
 ENOUGH = 5  # validation rows with a label, and without it, from which on its threshold is chosen
 USUAL = 0.5
-HEAVIEST = 10.0  # what the yes of a rare label may weigh
 
 
 @dataclasses.dataclass
@@ -118,11 +117,6 @@ class MultiLabelClassification(SequenceClassification):
         if unknown := [name for name in names if name not in known]:
             raise DataError(f"no training row has the label {', '.join(map(repr, unknown))}; add rows, or leave it out")
         return {"labels": names}
-
-    def weights(self, of_classes: Mapping[str, float], train: Sequence[Example]) -> list[float]:
-        """How many training rows lack a label for each that has it, between 1 and 10: what its yes weighs."""
-        counts = self._truth(train).sum(axis=0)
-        return np.clip((len(train) - counts) / np.maximum(counts, 1), 1.0, HEAVIEST).tolist()  # type: ignore[no-any-return]
 
     def load_model(self, path: str) -> Any:
         """The base with a head of one output a label."""

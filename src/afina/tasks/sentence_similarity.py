@@ -55,7 +55,10 @@ def make(row: Mapping[str, str], line: int | str) -> Example:
     """Two texts and, where there is one, their score. One text alone may be asked; in a file both are needed."""
     first, second, label = row["text"], row.get("text_pair"), row.get("label", "")
     if label:
-        number_in(label)
+        try:
+            number_in(label)
+        except ValueError as error:
+            raise ValueError(f"{error}; for classes of pairs there is the task sequence_classification") from None
     if second == "":
         return Example("", label, line)
     text = first if second is None else f"{first}\n{second}"

@@ -117,7 +117,7 @@ class Task(ABC):
         """What the model and the loss must know of the data; JSON. The labels, for tasks that have them."""
         return {}
 
-    def weights(self, of_classes: Mapping[str, float], train: Sequence[Example]) -> list[float]:
+    def weights(self, of_classes: Mapping[str, float]) -> list[float]:
         """Weights of the labels in the loss, in their order, from those of the classes of the training rows."""
         if self.kind.labels != "class" or set(of_classes) != set(self.labels):
             raise ConfigError(f"data.balance=class_weights: {self.name} has no classes of rows that could weigh more")

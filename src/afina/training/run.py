@@ -129,7 +129,7 @@ def prepare(
     add_tokens(tokenizer, recipe.data.new_tokens)
     task = made(tokenizer, options, learned)
     if done.weights is not None:
-        task.class_weights = task.weights(done.weights, splits["train"])
+        task.class_weights = task.weights(done.weights)
     recipe.training.best = recipe.training.best or next(iter(task.figures))
     if recipe.training.best not in task.figures:
         asked = f"{spell('training.best')}={recipe.training.best!r}"
