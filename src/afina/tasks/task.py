@@ -137,7 +137,7 @@ class Task(ABC):
         """The most tokens that model and tokenizer can take."""
         positions = getattr(model.config, "max_position_embeddings", None) or NO_LIMIT
         for module in model.modules():  # RoBERTa's positions begin after the one that means padding
-            table = getattr(module, "position_embeddings", None)
+            table: Any = getattr(module, "position_embeddings", None)
             if getattr(table, "padding_idx", None) is not None:
                 positions = min(positions, table.num_embeddings - table.padding_idx - 1)
         return int(min(positions, self.tokenizer.model_max_length or NO_LIMIT))
