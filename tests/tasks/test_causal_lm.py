@@ -97,6 +97,26 @@ def test_a_question_is_asked_as_it_was_learned(kind, habit):
         assert whole["labels"][whole["answer_at"]] != IGNORED
 
 
+def test_an_end_token_need_not_be_named_among_the_tokenizers_own():
+    """Phi-3's end of a turn is marked as special in the list of tokens and nowhere else."""
+    from tokenizers import AddedToken
+
+    tokenizer = with_template(gpt2_like(), chat_templates.CHATML.replace("<|im_end|>", "<|end|>"))
+    tokenizer.add_tokens([AddedToken("<|end|>", special=True)])
+    assert "<|end|>" not in tokenizer.all_special_tokens
+    task = task_of("causal_lm", tokenizer, PAIRS)
+    assert task.prompts.end == "<|end|>"
+    assert all(tokenizer.decode(f["labels"][-1:]) == "<|end|>" for f in features_of(task, PAIRS).features)
+
+
+def test_two_answers_in_a_row_are_both_learned():
+    talk = [TALK[0], {"role": "assistant", "content": "Oslo."}, {"role": "assistant", "content": "It is 13."}]
+    rows = [{"text": json.dumps(talk)}]
+    task = task_of("causal_lm", with_template(llama_like(), chat_templates.ENDS), rows)
+    (feature,) = features_of(task, rows).features
+    assert [task.tokenizer.decode(ids).strip() for ids in spans(feature)] == ["Oslo.</s>", "It is 13.</s>"]
+
+
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_train_on_all_learns_every_token_but_the_first(kind):
     task = task_of("causal_lm", TOKENIZERS[kind](), PAIRS, train_on="all")
@@ -444,3 +464,38 @@ def test_training_teaches_more_than_the_base_knows(base, tmp_path):
     trained(task, model, rows, tmp_path, epochs=15)
     after = task.metrics(predict(model, task, Rows(rows.examples, rows.features), 7, accelerator), rows.examples)
     assert after["loss"] < 0.8 * before["loss"]
+
+
+@pytest.mark.parametrize("form", ["messages", "texts", "sides"])
+def test_files_of_every_form_are_read(form, tmp_path):
+    """Conversations and texts as JSON Lines; a text file a side. A conversation stays whole from file to file."""
+    base = save(tmp_path / "base", "GPT-2")
+    subjects = [f"{a} {b}" for a in ("fox", "dog", "gos", "fruit") for b in ("red", "small", "lazy", "brown", "quick")]
+    if form == "sides":
+        place = tmp_path / "texts"
+        place.mkdir()
+        for side, part in (("train", subjects[:10]), ("validation", subjects[10:15]), ("test", subjects[15:])):
+            (place / f"{side}.txt").write_text("".join(f"the {s} jumps over {s}.\n" for s in part), encoding="utf-8")
+    else:
+        talk = [[{"role": "user", "content": f"Why {s}?"}, {"role": "assistant", "content": f"No {s}."}] for s in subjects]
+        rows = [{"messages": t} for t in talk] if form == "messages" else [{"text": f"the {s} jumps."} for s in subjects]
+        place = tmp_path / "rows.jsonl"
+        place.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe = Recipe(
+        task={"name": "causal_lm"},
+        model=str(base),
+        data=DataOptions(file=str(place)),
+        method={"name": "lora", "r": 3},
+        training=TrainingOptions(epochs=1, batch_size=8, precision="fp32"),
+    )
+    recipe.data.clean.near_duplicates = "ignore"
+    run = prepare(recipe, tmp_path / "run")
+    assert run.task.learned["form"] == ("answers" if form == "messages" else "text")
+    assert [len(run.rows[side].examples) for side in ("train", "validation", "test")] == (
+        [1, 1, 1] if form == "sides" else [14, 2, 4]
+    )
+    metrics = run.execute()
+    assert metrics["test"]["tokens"] > 0
+    again = TrainedRun.load(tmp_path / "run")
+    (answer,) = again.answers([rows_of("causal_lm", [{"text": "Why fox?"}])[0]])
+    assert isinstance(answer.text, str) == (form == "messages")

@@ -65,7 +65,8 @@ class Prompts:
             raise ConfigError(f"the tokenizer's chat template cannot be used: {error}") from error
         if rendered.count(answer["content"]) != 1:
             raise ConfigError(f"the tokenizer's chat template does not show the answer as it is. It renders\n{rendered}")
-        self.end = _first(rendered.split(answer["content"])[1], tokenizer.all_special_tokens)
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self.end = _first(rendered.split(answer["content"])[1], sorted(special | set(tokenizer.all_special_tokens)))
 
     def question(self, messages: Sequence[Message]) -> str:
         """The text after which the model has to answer; it is that of `parts`, up to the last answer."""
@@ -107,7 +108,9 @@ class Prompts:
                 closing = behind[: behind.index(self.end) + len(self.end)]
             else:
                 closing = ""
-            parts += [(whole[done:start], False), (said + closing, True)]
+            if start > done or not parts:
+                parts.append((whole[done:start], False))
+            parts.append((said + closing, True))
             done = place + len(closing)
             if i == turns[-1] and not closing:
                 parts[-1] = (said + self.tokenizer.eos_token, True)
