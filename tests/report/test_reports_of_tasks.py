@@ -249,6 +249,21 @@ def test_no_text_becomes_markup(name, made, tmp_path):
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_a_page_stays_small_whatever_the_texts(name, made, tmp_path):
+    folder, long = tmp_path / "run", "<&漢" * 20_011
+    shutil.copytree(made(name), folder)
+    with (folder / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        head, *rows = csv.reader(file)
+    for row in rows:
+        row[1] = json.dumps([long + word for word in json.loads(row[1])]) if row[1].startswith("[") else row[1] + long
+        if name in ("question_answering", "sentence_similarity"):
+            row[2] += long
+    with (folder / "predictions.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([head, *rows])
+    assert len(render(read_run(folder)).encode()) < 1_500_000
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_a_run_is_compared_with_itself_and_with_a_worse_one(name, made, tmp_path):
     first = made(name)
     same = compare_runs([first, first])["pairs"][0]

@@ -62,7 +62,7 @@ def _sentence(words: Sequence[str], hits: Sequence[Entity], missed: Sequence[Ent
         here = [(class_, e) for class_, e in marks if e[1] <= i < e[2]]
         edges = [edge for _, e in marks for edge in e[1:] if edge > i]
         end = min([last, *edges]) if here or edges else last
-        text = " ".join(words[i:end])
+        text = " ".join(cut(word, 80) for word in words[i:end])
         for class_, e in here:
             label = el("sub", cut(e[0], 30)) if e[2] == end or end == last else None
             text = el("mark", text, label, class_=class_)

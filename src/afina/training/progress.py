@@ -95,7 +95,7 @@ class Progress:
             if self.live is None:
                 self.live = Live(get_renderable=self._drawn, console=self.console, transient=True)
                 self.live.start()
-        elif now - self.spoken >= max(_PAUSE, _SHARE * (now - self.started)):
+        elif line["step"] < line["of"] and now - self.spoken >= max(_PAUSE, _SHARE * (now - self.started)):
             where = f"step {line['step']:,} of {line['of']:,} (epoch {line['epoch']})"
             self._say([where, *self._state(), self._left()])
 
