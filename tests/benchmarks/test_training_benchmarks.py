@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
 import sys
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import few_rows  # noqa: E402
 import sms_spam  # noqa: E402
 from classifier import adapted, full, prepared  # noqa: E402
 from tiny_bases import save_bert, write_rows  # noqa: E402
+
+from afina.cli.main import main  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +37,12 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_row_of_the_table_is_what_the_command_line_trains(base: str, file: Path, tmp_path: Path) -> None:
+def test_a_row_of_the_table_is_what_the_command_line_trains(base: str, file: Path, tmp_path: Path, monkeypatch: Any) -> None:
     row = adapted(prepared(file, 3, model=base, epochs=2))
     words = ["train", "--data", file, "--text", "text", "--label", "label", "--model", base, "--seed", 3, "--epochs", 2]
-    done = subprocess.run(
-        [sys.executable, "-m", "afina", *map(str, words), "--output", tmp_path / "run"],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", ["afina", *map(str, words), "--output", str(tmp_path / "run")])
+    with suppress(SystemExit), warnings.catch_warnings():
+        main()
     test = json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]
     assert row["accuracy"] == pytest.approx(test["accuracy"], abs=1e-5)
     assert row["loss"] == pytest.approx(test["loss"], abs=1e-4)
