@@ -21,6 +21,7 @@ _FOLDS = 5
 _MOST_ROWS = 20_000
 _MOST_CELLS = 50_000_000  # classes times terms: what the classifier holds
 _LISTED = 200
+_LETTERS = 200  # of the text of a suspect that are kept
 _TOO_MANY = 0.1  # of the rows: then words tell the classes apart too badly to doubt a label
 
 
@@ -29,7 +30,7 @@ class Suspects:
     """What was found; the surest come first."""
 
     count: int = 0
-    rows: list[dict[str, object]] = field(default_factory=list)  # line, label, likely, probability
+    rows: list[dict[str, object]] = field(default_factory=list)  # line, label, likely, probability, text
     left_out: str = ""  # why nothing was looked for
 
 
@@ -67,6 +68,7 @@ def suspected(examples: Sequence[Example], seed: int) -> Suspects:
             "label": examples[i].label,
             "likely": labels[likely[i]],
             "probability": round(float(answers[i, likely[i]]), 3),
+            "text": examples[i].text[:_LETTERS],
         }
         for i in found[:_LISTED].tolist()
     ]
