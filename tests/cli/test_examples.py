@@ -14,6 +14,8 @@ FILES = {
     "emotions_single": "emotions_it/it_single_label.csv",
     "emotions_multi": "emotions_it/it_multi_label.jsonl",
     "clinc150": "clinc150_imbalanced",
+    "ner_wnut17": "ner/wnut17",
+    "qa_xquad": "qa/xquad_es.jsonl",
 }
 
 

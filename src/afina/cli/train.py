@@ -132,4 +132,5 @@ def show_outcome(run: Run, metrics: dict[str, Any], seconds: float) -> None:
             "recipe": run.output / "recipe.yaml",
         }
     )
-    console().print(f'\nTry it:  afina predict {run.output} --text "..."', markup=False)
+    pair = ' --text-pair "..."' if "text_pair" in run.columns else ""
+    console().print(f'\nTry it:  afina predict {run.output} --text "..."{pair}', markup=False)
