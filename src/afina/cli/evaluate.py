@@ -52,6 +52,8 @@ def evaluate(
     heading(f"{metrics['rows']} rows of {path}")
     if len(usable) < len(examples):
         console().print(f"  {len(examples) - len(usable)} rows without a text or label were left out")
+    if trained.truncated:
+        console().print(f"  {trained.truncated} rows are cut off at {trained.recipe.training.max_length} tokens")
     figures = {key: figure for key, figure in trained.task.figures.items() if key in metrics}
     table([f.title for f in figures.values()], [[f.shown(metrics[key]) for key, f in figures.items()]])
     if metrics.get("per_class"):

@@ -32,6 +32,7 @@ class TrainedRun:
     recipe: Recipe
     task: Task
     model: PeftModel
+    truncated: int = 0  # of the examples that were answered last: how many were too long and cut off
 
     @classmethod
     def load(cls, folder: Path) -> TrainedRun:
@@ -95,6 +96,7 @@ class TrainedRun:
         accelerator = make_accelerator("fp32")
         length = self.recipe.training.max_length
         encoded = self.task.encode(examples, length, length or self.task.limit(self.model.get_base_model()))
+        self.truncated = encoded.truncated
         rows = Rows(list(examples), encoded.features)
         model = self.model.to(accelerator.device)
         return predict(model, self.task, rows, batch_size, accelerator, exact=True, final=True)
