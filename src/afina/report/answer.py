@@ -64,11 +64,11 @@ def _verdict(run: RunFolder, key: str, between: tuple[float, float] | None) -> s
     if run.task == "sequence_classification":
         other = f"“{best}” is right in {percent(score)} of the rows ({len(run.rows) - round(score * len(run.rows)):,} wrong)"
     if shown.better * value <= shown.better * score:
-        return f"That is no better than what learned nothing here: {other}. Do not use this model as it is."
+        return f"That is no better than the best baseline: {other}. Do not use this model as it is."
     worse_end = None if between is None else between[0] if shown.better > 0 else between[1]
     if worse_end is not None and shown.better * worse_end <= shown.better * score:
-        return f"That may be chance: {other}, which lies within the interval. More test rows would tell."
-    return f"That is better than what learned nothing here: {other}."
+        return f"That may be chance: of the baselines {other}, which lies within the interval. More test rows would tell."
+    return f"That is better than the best baseline: {other}."
 
 
 def _trust(run: RunFolder, key: str, known: Intervals, test: dict[str, Any]) -> str:

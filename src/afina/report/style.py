@@ -91,5 +91,6 @@ ul.found { padding-left: 1.2rem; margin: .4rem 0; }
   none; }
     h2, h3, figcaption { break-after: avoid; } figure, table, pre { break-inside: avoid; } pre { white-space:
   pre-wrap; }
+    .charts { grid-template-columns: 1fr 1fr; gap: .5rem; }
     * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
