@@ -17,7 +17,12 @@ def table(path, text):
 
 @pytest.mark.parametrize(
     "text",
-    ["".join(f"Paragraph {i} says\n{i * i} things.\n\n" for i in range(97)), "line of it\n" * 211, "word " * 503, "x" * 1009],
+    [
+        "".join(f"Paragraph {i} says\n{i * i} things.\n\n" for i in range(97)),
+        "".join(f"line {i}\n" for i in range(211)),
+        "word " * 503,
+        "x" * 1009,
+    ],
     ids=["paragraphs", "lines", "words", "one word"],
 )
 def test_parts_follow_each_other_and_are_the_text(tmp_path, text):
@@ -34,7 +39,8 @@ def test_parts_follow_each_other_and_are_the_text(tmp_path, text):
             assert part.endswith("\n\n")
         elif "\n" in text or " " in text:
             assert part[-1].isspace()
-    assert all(text.split("\n")[line - 1] in part for line, part in zip(made.lines, parts, strict=True))
+    whole = text.split("\n")
+    assert all(part.startswith(whole[line - 1]) or len(whole) == 1 for line, part in zip(made.lines, parts, strict=True))
     assert f"test from line {made.lines[2]}" in made.notes[-1]
 
 
