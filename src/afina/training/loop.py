@@ -57,10 +57,7 @@ def make_accelerator(precision: str) -> Accelerator:
     """The devices and processes there are; raises TrainingError where processes were started and are not seen (T44)."""
     AcceleratorState._reset_state()  # precision is kept per process otherwise, and a second run could not have another
     alone = not torch.accelerator.is_available()  # else accelerate overlooks the processes that torchrun started
-    # an adapter may sit where the output does not depend on it, which must not stop the processes waiting for each other
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    mixed = "no" if precision == "fp32" else precision
-    accelerator = Accelerator(mixed_precision=mixed, cpu=alone, kwargs_handlers=[unused])
+    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=alone)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
         raise TrainingError(
@@ -119,6 +116,9 @@ def fit(
         started -= result.seconds
     watched = _adapter_parameters(model)
     before = {name: p.detach().clone() for name, p in watched.items()}
+    if accelerator.num_processes > 1:  # processes would wait for ever for gradients that do not come
+        idle = bool(_without_gradient(model, task, train, accelerator))
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=idle)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if last is not None:
         if accelerator.scaler is not None and "scaler" in saved:
@@ -335,6 +335,20 @@ def _parts_of_step(
     for part in made:
         batch = task.collate([data.features[i] for i in part or rows[:1]])
         yield bool(part), {k: v.to(accelerator.device) for k, v in batch.items()}
+
+
+def _without_gradient(model: Any, task: Task, rows: Rows, accelerator: Accelerator) -> list[str]:
+    """Trained weights that the loss does not depend on, by a trial that leaves nothing behind."""
+    before = checkpoints.random_states()
+    model.train()
+    batch = {k: v.to(accelerator.device) for k, v in task.collate(rows.features[:2]).items()}
+    with accelerator.autocast():
+        loss = task.loss_sum(model, batch)
+    loss.backward()  # type: ignore[no-untyped-call]
+    idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    model.zero_grad(set_to_none=True)
+    checkpoints.set_random_states(before)
+    return idle
 
 
 def _gather(accelerator: Accelerator) -> Callable[[Any], list[Any]]:
