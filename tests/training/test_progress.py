@@ -25,7 +25,7 @@ def step(number, of=30, **more):
 
 def evaluation(number, **more):
     return {"epoch": number // 10, "step": number, "train_loss": 0.5, "best": True, "seconds": 7.0, "validation_loss": 0.25,
-            "validation_macro_f1": 0.875, "validation_accuracy": 0.9, **more}  # fmt: skip
+            "validation_macro_f1": 0.875, "validation_accuracy": 0.9, "last": number == 30, **more}  # fmt: skip
 
 
 class Clock:
@@ -110,6 +110,9 @@ with Progress(FIGURES) as progress:
     print("SEEN", flush=True)
     time.sleep(0.6)
     {end}
+    assert progress.live
+    progress(evaluation(25, best=False, last=True))
+    assert not progress.live  # the bar is gone before the test rows are read
 print("the end")
 """
 
@@ -148,7 +151,10 @@ def test_a_terminal_gets_a_bar_that_goes_away(columns, end):
     after = [line.rstrip() for line in screen.display if line.strip()]
     assert re.fullmatch(r"  epoch 3  ━+[╸╺]?━+  step 25 of 30  [\d.]+ s left", during[-2]), during
     assert re.fullmatch(r"  loss 0\.040  learning rate 1\.0e-03  [\d,]+ tokens/s  [\d.]+ (M|G)iB", during[-1])
-    assert during[:-2] + ["the end"][: not end] == after
+    kept = during[: during.index("SEEN") + 1]
+    assert after[: len(kept)] == kept
+    assert not [line for line in after if "tokens/s" in line or "━" in line]
+    assert (after[-1] == "the end") == (not end)
     assert sum("best so far" in line for line in after) == after.count("another library talks") == 2
-    assert len(after) == (7 if columns == 80 else 5) + (not end)
+    assert len(kept) == (7 if columns == 80 else 5)
     assert raw.count(b"\x1b[?25l") == raw.count(b"\x1b[?25h") > 0, "the cursor is back"

@@ -194,7 +194,8 @@ def fit(
                     best_score, result.best_epoch, result.best_step, result.validation = score, reached, now, figures
                     best = {name: p.detach().cpu().clone() for name, p in trained.items()}
                 chosen = {f"validation_{key}": figures[key] for key in ("loss", *task.figures) if key in figures}
-                log(epoch=reached, step=now, train_loss=since_loss / since_targets, best=improved,
+                last_one = now == total_steps or bool(options.patience and waited >= options.patience)
+                log(epoch=reached, step=now, train_loss=since_loss / since_targets, best=improved, last=last_one,
                     seconds=round(time.perf_counter() - started, 2), **chosen)  # fmt: skip
                 since_loss, since_targets = 0.0, 0.0
             asked = int(accelerator.reduce(torch.tensor(float(signals.seen), device=accelerator.device), reduction="sum"))

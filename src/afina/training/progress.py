@@ -109,7 +109,7 @@ class Progress:
         self.recent.clear()  # reading the validation rows is no training
         if "tokens" in self.line:
             self.recent.append((self.clock(), self.line["tokens"]))
-        if self.line and line["step"] >= self.line["of"]:
+        if line["last"]:
             self.close()
 
     # --- how it is said
