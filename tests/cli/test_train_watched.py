@@ -26,6 +26,16 @@ def test_quiet_leaves_the_training_out_and_the_outcome_in(train):
     assert "Test: " in quiet.out
 
 
+def test_the_last_evaluation_is_said_to_be_also_where_a_run_ends_early(train, tmp_path):
+    for words, most in ((("--epochs", "2"), 2), (("--epochs", "40", "training.patience=1", "--learning-rate", "1e-9"), 39)):
+        said = train(*words)
+        assert said.code == 0, said.err
+        lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+        read = [line["last"] for line in lines if "validation_loss" in line]
+        assert read == [*([False] * (len(read) - 1)), True]
+        assert len(read) <= most
+
+
 @pytest.mark.filterwarnings("ignore")  # of tensorboard's own protocol files
 def test_a_run_feeds_its_trackers(train, tmp_path):
     pytest.importorskip("tensorboard")

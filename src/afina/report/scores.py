@@ -6,6 +6,7 @@ computed anew for each draw.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from afina.report.cells import answers_in, names_in, number_in, tagged
 from afina.report.folder import RunFolder
 from afina.report.statistics import bootstrapped, macro_f1_interval, middle_95, resampled_sums, wilson
 from afina.tasks.entities import Scheme
-from afina.tasks.orders import average_precision, pearson, spearman
+from afina.tasks.orders import average_precision, pearson, roc_auc, spearman
 from afina.tasks.spans import ARTICLES, f1
 
 __all__ = ["Intervals", "chosen_labels", "intervals", "row_scores", "true_labels"]
@@ -41,8 +42,14 @@ def _intervals(run: RunFolder) -> Intervals:
             found[share] = wilson(hits, len(run.rows))
     if run.task == "sequence_classification":
         found["macro_f1"] = macro_f1_interval(run.test["confusion"])
+        own = run.numbers_of([row.given["label"] for row in run.rows])[:, None] == np.arange(len(run.labels))
+        columns = [1] if len(run.labels) == 2 else list(range(len(run.labels)))
+        found |= _of_ranks("roc_auc", roc_auc, own[:, columns], run.probabilities[:, columns])
     elif run.task == "multi_label_classification":
-        found |= _of_labels(true_labels(run), chosen_labels(run)) | _of_ranks(true_labels(run), run.probabilities)
+        truth = true_labels(run)
+        found |= _of_labels(truth, chosen_labels(run))
+        found |= _of_ranks("mean_average_precision", average_precision, truth, run.probabilities)
+        found |= _of_ranks("roc_auc", roc_auc, truth, run.probabilities)
     elif run.task == "token_classification":
         found |= _of_entities(run)
     elif run.task == "question_answering":
@@ -103,18 +110,21 @@ def _of_labels(truth: np.ndarray, answers: np.ndarray) -> Intervals:
     }
 
 
-def _of_ranks(truth: np.ndarray, probabilities: np.ndarray) -> Intervals:
-    """Of the mean average precision, whose every draw is sorted anew; none where that would take long."""
+def _of_ranks(
+    key: str, curve: Callable[[np.ndarray, np.ndarray], float | None], truth: np.ndarray, probabilities: np.ndarray
+) -> Intervals:
+    """Of a mean over columns, each of which is sorted anew for every draw; none where that would take long."""
     draws = min(300, 20_000_000 // max(1, truth.size))
     if draws < _FEW:
         return {}
 
     def figure(rows: np.ndarray) -> float | None:
-        curves = [average_precision(probabilities[rows, i], truth[rows, i]) for i in range(truth.shape[1])]
-        there = [curve for curve in curves if curve is not None]
+        found = [curve(probabilities[rows, i], truth[rows, i]) for i in range(truth.shape[1])]
+        there = [value for value in found if value is not None]
         return sum(there) / len(there) if there else None
 
-    return {"mean_average_precision": middle_95(bootstrapped(figure, len(truth), draws))}
+    values = bootstrapped(figure, len(truth), draws)
+    return {key: middle_95(values)} if len(values) else {}
 
 
 def _of_entities(run: RunFolder) -> Intervals:
