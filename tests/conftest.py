@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 
-CACHE = tempfile.TemporaryDirectory(prefix="afina-tests-")  # removed when the process ends
-os.environ["AFINA_CACHE"] = CACHE.name
+os.environ["AFINA_CACHE"] = tempfile.mkdtemp(prefix="afina-tests-")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+atexit.register(shutil.rmtree, os.environ["AFINA_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

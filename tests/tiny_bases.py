@@ -53,6 +53,7 @@ def save_bert(folder):
         vocab_size=len(made), hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=29,
         max_position_embeddings=61, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.2,
     )  # fmt: skip
+    torch.manual_seed(0)
     return _save(folder, tf.BertModel(config), made)
 
 
@@ -62,11 +63,11 @@ def save_gpt2(folder):
         vocab_size=len(made), n_embd=24, n_layer=2, n_head=2, n_positions=61, resid_pdrop=0.0, embd_pdrop=0.0,
         attn_pdrop=0.0, initializer_range=0.2, bos_token_id=1, eos_token_id=1,
     )  # fmt: skip
+    torch.manual_seed(0)
     return _save(folder, tf.GPT2Model(config), made)
 
 
 def _save(folder, model, made):
-    torch.manual_seed(0)
     model.save_pretrained(folder)
     made.save_pretrained(folder)
     return folder

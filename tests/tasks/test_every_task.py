@@ -37,7 +37,7 @@ def losses(folder):
 
 
 def test_a_run_leaves_figures_of_every_kind(done):
-    folder, run, metrics = done
+    folder, run, _ = done
     written = json.loads((folder / "run" / "metrics.json").read_text())
     for name, figure in run.task.figures.items():
         assert isinstance(written["test"][name], float | int | None), name
@@ -51,7 +51,7 @@ def test_a_run_leaves_figures_of_every_kind(done):
 
 
 def test_the_saved_run_answers_as_it_was_tested(done):
-    folder, run, _ = done
+    folder, _, _ = done
     trained = TrainedRun.load(folder / "run")
     with (folder / "run" / "predictions.csv").open(encoding="utf-8", newline="") as file:
         written = list(csv.DictReader(file))
@@ -72,13 +72,13 @@ def test_the_saved_run_answers_as_it_was_tested(done):
 
 
 def test_the_recipe_repeats_the_run(done, tmp_path):
-    folder, run, metrics = done
+    folder, _, metrics = done
     again = prepare(read_recipe(folder / "run" / "recipe.yaml"), tmp_path / "again")
     assert json.dumps(again.execute()["test"]) == json.dumps(metrics["test"])
 
 
 def test_t03_a_run_goes_on_as_if_it_had_not_stopped(done, tmp_path):
-    folder, run, _ = done
+    folder, _, _ = done
 
     def die(line):
         if line["step"] == 4 and "loss" in line:

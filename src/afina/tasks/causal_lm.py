@@ -122,6 +122,10 @@ class CausalLM(WritingTask):
             ends.add(self.tokenizer.convert_tokens_to_ids(self.prompts.end))
         return sorted(end for end in ends if end is not None)
 
+    def asked_length(self, trained: int, limit: int) -> int:
+        """All that the model can take: a question that lost its beginning would be answered wrongly."""
+        return limit
+
     # --- rows
 
     def encode(self, examples: Sequence[Example], max_length: int | None, limit: int) -> Encoded:

@@ -142,6 +142,10 @@ class Task(ABC):
                 positions = min(positions, table.num_embeddings - table.padding_idx - 1)
         return int(min(positions, self.tokenizer.model_max_length or NO_LIMIT))
 
+    def asked_length(self, trained: int, limit: int) -> int:
+        """Tokens that a text may have when the model is asked, from the length it was trained with and its limit."""
+        return trained
+
     # --- rows
 
     @abstractmethod

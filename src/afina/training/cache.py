@@ -50,7 +50,7 @@ class Stored(Sequence[Feature]):
                 packed = [np.array([_ABSENT if v is None else v for v in values], dtype=np.int64)]
                 columns[key] = ("number", packed)
             elif len(given) == len(values) and all(type(v) is list and all(type(x) is int for x in v) for v in given):
-                columns[key] = ("list", _flat(values, np.int32))
+                columns[key] = ("list", _flat(given, np.int32))
             else:
                 texts = [json.dumps(f[key], ensure_ascii=False).encode() if key in f else b"" for f in features]
                 columns[key] = ("json", _flat([list(text) for text in texts], np.uint8))

@@ -94,8 +94,9 @@ class TrainedRun:
     def answers(self, examples: Sequence[Example], batch_size: int = 32) -> list[Any]:
         """One answer an example, in float32; examples have a text."""
         accelerator = make_accelerator("fp32")
-        length = self.recipe.training.max_length
-        encoded = self.task.encode(examples, length, length or self.task.limit(self.model.get_base_model()))
+        limit = self.task.limit(self.model.get_base_model())
+        length = self.task.asked_length(self.recipe.training.max_length or limit, limit)
+        encoded = self.task.encode(examples, length, limit)
         self.truncated = encoded.truncated
         rows = Rows(list(examples), encoded.features)
         model = self.model.to(accelerator.device)
