@@ -109,7 +109,7 @@ def test_a_hub_data_set_keeps_its_sides(tmp_path, monkeypatch):
     rows, done = read(file=f"hub:{tmp_path}")
     assert {side: len(chosen) for side, chosen in done.sides.items()} == {"train": 31, "validation": 5, "test": 7}
     assert rows.lines[31] == "validation:1"
-    with pytest.raises(DataError, match=r"hub:.*nowhere cannot be read: .*hub:NAME"):
+    with pytest.raises(DataError, match=r"hub:.*nowhere is no file, and cannot be read from the hub: .*hub:NAME"):
         read(file=f"hub:{tmp_path}/nowhere")
 
 
@@ -117,6 +117,10 @@ def test_without_the_library_the_hub_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'afina\[data\]'"):
         read(file="hub:someone/something")
+    with pytest.raises(MissingDependencyError, match="there is no file someone/something, and reading data sets of the hub"):
+        read(file="someone/something")
+    with pytest.raises(DataError, match="there is no file"):
+        read(file="someone/something.csv")
 
 
 def test_letters_are_repaired_and_nothing_else():

@@ -80,6 +80,11 @@ ERRORS = {
     "a column of groups that is not there": ("r.csv", PLAIN, "data.group=labels", ["data.group", "Did you mean 'label'"]),
     "a way of dividing without its column": ("r.csv", PLAIN, "data.split=time", ["data.split=time", "data.time is missing"]),
     "shares that leave nothing": ("r.csv", PLAIN, "data.validation=0.5 data.test=0.5", ["less than a tenth"]),
+    "a step of cleaning that is none": ("r.csv", PLAIN, "data.clean.duplicate=false", ["Did you mean 'duplicates'"]),
+    "a step that is asked for wrongly": ("r.csv", PLAIN, "data.clean.near_duplicates=no", ["near_duplicates", "together"]),
+    "a step that is no yes or no": ("r.csv", PLAIN, "data.clean.unicode=maybe", ["unicode", "expected true or false"]),
+    "a share that is too large": ("r.csv", PLAIN, "data.test=0.9", ["data.test=0.9", "at most 0.5"]),
+    "a balance that is none": ("r.csv", PLAIN, "data.balance=over", ["data.balance='over'", "'oversample'"]),
     "the test file again": ("r.csv", PLAIN, "data.test_file={file}", ["must be different files"]),
 }  # fmt: skip
 

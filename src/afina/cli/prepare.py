@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from afina.cli.assignments import assemble, typed_as
+from afina.cli.plan import MOST_CLASSES
 from afina.cli.show import heading, pairs, quiet, table
 
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from afina.training.recipe import Recipe
 
 __all__ = ["prepare"]
-
-MOST_CLASSES = 8  # columns that fit on a screen
 
 
 def prepare(
@@ -72,7 +71,8 @@ def prepare(
     done = divided(rows, kind, recipe.data, columns=columns, seed=recipe.training.seed)
     output.mkdir(parents=True, exist_ok=True)
     for side, chosen_rows in done.sides.items():
-        made = [_row(rows.rows[done.rows[i]], done, i, columns) for i in chosen_rows]
+        whole = None if rows.running else rows.rows  # running text became rows as it was divided
+        made = (_row(whole[done.rows[i]] if whole is not None else {}, done, i, columns) for i in chosen_rows)
         _write_rows(output / f"{side}.jsonl", made, rows.nested)
     _write_report(recipe, output, done, columns)
     _show(recipe, output, done)
@@ -120,7 +120,7 @@ def _row(source: dict[str, str], done: Divided, i: int, columns: dict[str, str])
     return {**source, **{column: row[role] for role, column in columns.items()}}
 
 
-def _write_rows(path: Path, rows: list[dict[str, str]], nested: Collection[str]) -> None:
+def _write_rows(path: Path, rows: Iterable[dict[str, str]], nested: Collection[str]) -> None:
     """JSON lines; cells of `nested` columns are lists and objects again."""
     import json
     from contextlib import suppress

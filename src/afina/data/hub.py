@@ -1,10 +1,11 @@
-"""Data sets of the hub, by name, through `datasets`: hub:NAME or hub:NAME:CONFIGURATION.
+"""Data sets of the hub, by name, through `datasets`: hub:NAME, hub:NAME:CONFIGURATION, or OWNER/NAME.
 
 Its rows come batch by batch from Arrow files that `datasets` keeps on the disk; numbers of a class become their names.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from afina.errors import DataError, MissingDependencyError, shortened
 __all__ = ["is_hub", "read_hub"]
 
 _MARK = "hub:"
+_OWNED = re.compile(r"[\w-]+/[\w-]+")  # a name with an ending is a file
 
 
 def is_hub(place: str) -> bool:
-    """Whether a place names a data set of the hub and no file."""
-    return place.startswith(_MARK)
+    """Whether a place names a data set of the hub and no file: hub:NAME, or OWNER/NAME where there is no such file."""
+    return place.startswith(_MARK) or (bool(_OWNED.fullmatch(place)) and not Path(place).exists())
 
 
 def read_hub(place: str) -> Table:
@@ -30,14 +32,16 @@ def read_hub(place: str) -> Table:
     try:
         import datasets
     except ImportError:
-        raise MissingDependencyError("datasets", "data", "reading data sets of the hub") from None
+        hub = "reading data sets of the hub"
+        what = hub if place.startswith(_MARK) else f"there is no file {place}, and {hub}"
+        raise MissingDependencyError("datasets", "data", what) from None
     name, _, configuration = place.removeprefix(_MARK).partition(":")
     try:
         found = datasets.load_dataset(name, configuration or None)
     except Exception as error:  # the library raises whatever its network and file layers raise
         said = str(error).strip().splitlines() or [type(error).__name__]
         cure = "a data set is named hub:NAME or hub:NAME:CONFIGURATION"
-        raise DataError(f"{place} cannot be read: {said[0]} ({cure})") from None
+        raise DataError(f"{place} is no file, and cannot be read from the hub: {said[0]} ({cure})") from None
     sides = {NAMES[split.lower()]: rows for split, rows in found.items() if split.lower() in NAMES}
     if "train" not in sides:
         raise DataError(f"{place} has no train rows; it has {shortened(found)}")
