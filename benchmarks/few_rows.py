@@ -211,7 +211,7 @@ def _chosen(rows: Sequence[Mapping[str, Any]]) -> str:
         key = tuple(row[name] for name in ("data", "way", "a_class", "steps"))
         lines.setdefault(key, {})[row["rate"]] = f"{row['macro_f1']:.3f}"
     cells = [
-        [f"{DATA_SETS[data].title}, {size} a class, {WAYS[way].title}, {steps} steps", *(row.get(rate, "") for rate in rates)]
+        [f"{DATA_SETS[data].title}, {size} a class, {WAYS[way].title}, {steps} steps", *(row.get(r, "") for r in rates)]
         for (data, way, size, steps), row in lines.items()
     ]
     return table(["", *(f"{rate:g}" for rate in rates)], cells)
