@@ -12,7 +12,7 @@ __all__ = ["ROLES", "Column", "Example", "Kind"]
 ROLES = ("text", "text_pair", "label")  # keys of `data` in a recipe that name columns
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One usable row, with the line of the file it came from.
 

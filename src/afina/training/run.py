@@ -119,6 +119,7 @@ def prepare(
     assert source is not None
 
     done = divided(table, kind, recipe.data, columns=columns, seed=recipe.training.seed)
+    table = None  # the cells that no example holds are let go
     splits = {name: [done.examples[i] for i in rows] for name, rows in done.sides.items()}
 
     load_config(source)
