@@ -8,8 +8,8 @@ The first writes benchmarks/results/few_rows.json, row by row, and measures noth
 
 Data: the SMS Spam Collection as CSV (text, label), and CLINC150 in its imbalanced form as a folder of train.csv, val.csv
 and test.csv. Test and validation rows are the same for every way, size and seed; a seed draws the rows to train on.
-Every way takes the same steps over the same rows, and the weights of the last step are kept, so that nothing but the learning
-rate was chosen with rows beyond the few. Steps are few, to bound the work: neither way is trained to its end.
+Every way takes the same steps over the same rows, and the weights of the last step are kept, so that nothing but the
+learning rate was chosen with rows beyond the few. Steps are few, to bound the work: neither way is trained to its end.
 """
 
 from __future__ import annotations
@@ -165,10 +165,10 @@ def render(results: dict[str, Any]) -> str:
         if not own:
             continue
         text.append(f"### {data.title}")
-        rates = {WAYS[row["way"]].title: f"{row['learning_rate']:g}" for row in own}
+        rates = dict.fromkeys(f"{WAYS[row['way']].title}: {row['learning_rate']:g}" for row in own)
         text.append(
-            f"{own[0]['rows']:,} test rows. About {data.steps} steps of {data.batch_size} rows, whatever the size (whole epochs: "
-            f"{_range(own, 'steps')} steps, {_range(own, 'epochs')} epochs). Learning rates: {'; '.join(f'{title}: {rate}' for title, rate in rates.items())}."
+            f"{own[0]['rows']:,} test rows. About {data.steps} steps of {data.batch_size} rows, whatever the size (whole "
+            f"epochs: {_range(own, 'steps')} steps, {_range(own, 'epochs')} epochs). Learning rates: {'; '.join(rates)}."
         )
         lines = []
         cpu = {(r["way"], r["a_class"], r["seed"]): r["cpu_s"] for r in own}
