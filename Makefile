@@ -30,7 +30,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.demo
 	@echo "Installing what the tests need (once)"
-	@$(PIP) -e ".[test,data,bitsandbytes]"
+	@$(PIP) -e ".[test,bitsandbytes]"
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.demo

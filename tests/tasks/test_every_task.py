@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from every_task import CASES, case
+from language_bases import save
 
 from afina.core.files import read_weights
 from afina.data.read import read_table
@@ -111,11 +112,14 @@ def test_t25_parts_of_a_step_change_no_loss(name, tmp_path):
 
 @pytest.mark.xdist_group("two processes")
 def test_t25_two_processes_train_what_one_trains(tmp_path):
-    """Every task in turn, in one pair of processes; the last step leaves one of them without rows of its own."""
+    """Every task and architecture in turn, in one pair of processes; the last step leaves one without rows of its own."""
     options = {"epochs": 1, "batch_size": 4, "seed": 3}
     expected = {}
-    for name in CASES:
-        run = prepare(case(name, tmp_path / name, **options), tmp_path / name / "one")
+    for name in (*CASES, "causal_lm llama", "causal_lm opt", "seq2seq bart"):
+        task, *architecture = name.split()
+        if architecture:
+            save(tmp_path / name / "base", *architecture)
+        run = prepare(case(task, tmp_path / name, **options), tmp_path / name / "one")
         run.execute()
         expected[name] = losses(run.output)
         recipe = read_recipe(run.output / "recipe.yaml")
@@ -140,6 +144,6 @@ def test_t25_two_processes_train_what_one_trains(tmp_path):
     for name, of_one in expected.items():
         assert losses(tmp_path / name / "two") == pytest.approx(of_one, rel=1e-3), name
         metrics = [json.loads((tmp_path / name / n / "metrics.json").read_text()) for n in ("one", "two")]
-        first = next(iter(tasks().get(name, tasks()["sentence_similarity"]).figures))
+        first = next(iter(tasks().get(name.split()[0], tasks()["sentence_similarity"]).figures))
         values = [m["test"].get(first) for m in metrics]
         assert values[0] is None or values[1] == pytest.approx(values[0], rel=0.02, abs=0.02), name

@@ -122,7 +122,8 @@ def show_outcome(run: Run, metrics: dict[str, Any], seconds: float) -> None:
     pairs(
         {
             "kept": f"epoch {train['best_epoch']}",
-            "took": f"{seconds:.0f} s, {train['seconds']:.0f} s of it training, {train['tokens_per_second']:,.0f} tokens/s, "
+            "took": f"{seconds:.0f} s, training {train['seconds']:.0f} s{' in all' if run.resume else ''}, "
+            f"{train['tokens_per_second']:,.0f} tokens/s, "
             f"{train['peak_memory_bytes'] / 2**30:.1f} GiB at most",
             "adapter": f"{run.output / 'adapter'} ({size / 2**20:.1f} MiB; loaded again and compared: {same})",
             "report": run.output / "report.html",
