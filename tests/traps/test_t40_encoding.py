@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from tiny_bases import save_bert, write_rows
 
@@ -17,12 +19,12 @@ def test_t40_rows_are_encoded_once_and_before_processes_meet(tmp_path, monkeypat
     monkeypatch.setenv("AFINA_CACHE", str(tmp_path / "cache"))
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(name, value)
-    first = prepare(recipe, tmp_path / "run")
+    first = prepare(copy.deepcopy(recipe), tmp_path / "run")
     assert not torch.distributed.is_initialized()
 
     def encode(*_):
         raise AssertionError("encoded again")
 
     monkeypatch.setattr(SequenceClassification, "encode", encode)
-    second = prepare(recipe, tmp_path / "run")
+    second = prepare(copy.deepcopy(recipe), tmp_path / "run")
     assert [list(side.features) for side in second.rows.values()] == [list(side.features) for side in first.rows.values()]
