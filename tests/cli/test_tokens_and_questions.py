@@ -46,7 +46,7 @@ def places(tmp_path_factory):
     texts = [" ".join([*NAMES, *PLACES, *OTHERS, "¿Dónde", "?", "Nota"])] * 3
     save(folder / "base", wordpiece(texts, size=400), hidden=32)
     (folder / "ner").mkdir()
-    for name, count in (("train", 83), ("dev", 17), ("test", 23)):
+    for name, count in (("train", 151), ("dev", 17), ("test", 23)):
         lines = "\n \t\n".join("\n".join(f"{w}\t{t}" for w, t in s) for s in sentences(count, name))
         (folder / "ner" / f"{name}.conll").write_text("-DOCSTART-\tO\n\n" + lines, encoding="utf-8")
     (folder / "qa.json").write_text(json.dumps(paragraphs(31, 0), ensure_ascii=False), encoding="utf-8")

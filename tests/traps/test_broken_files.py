@@ -6,6 +6,7 @@ import pickle
 import struct
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 from trap_models import bert, gpt2, llama, logits, stir
@@ -165,7 +166,7 @@ def test_a_save_that_fails_leaves_the_old_file(step, folder, monkeypatch):
 
     model = make(seed=9)
     if step == "save_file":
-        monkeypatch.setattr(files, "save_file", fail)
+        monkeypatch.setattr(safetensors.torch, "save_file", fail)
     elif step == "fsync":
         monkeypatch.setattr(files.os, "fsync", fail)
     elif step == "read back":
