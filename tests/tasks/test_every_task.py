@@ -115,7 +115,7 @@ def test_t25_two_processes_train_what_one_trains(tmp_path):
     """Every task and architecture in turn, in one pair of processes; the last step leaves one without rows of its own."""
     options = {"epochs": 1, "batch_size": 4, "seed": 3}
     expected = {}
-    for name in (*CASES, "causal_lm llama", "causal_lm opt", "seq2seq bart"):
+    for name in (*CASES, "causal_lm Llama", "causal_lm OPT", "seq2seq BART"):
         task, *architecture = name.split()
         if architecture:
             save(tmp_path / name / "base", *architecture)

@@ -15,7 +15,7 @@ from afina.data.clean import normalised
 from afina.data.table import read_csv
 from afina.errors import CheckpointError, ConfigError, DataError
 from afina.training.recipe import DataOptions, Recipe, TrainingOptions, read_recipe
-from afina.training.run import prepare
+from afina.training.run import prepare, write_csv
 from afina.training.trained import TrainedRun
 
 
@@ -140,3 +140,13 @@ def test_an_adapter_that_reads_back_differently_fails_the_run(places, tmp_path, 
         run.execute()
     with pytest.raises(CheckpointError, match=r"no finished run: it lacks metrics\.json"):
         TrainedRun.load(tmp_path / "run")
+
+
+def test_texts_with_every_kind_of_line_break_come_back_as_they_were(tmp_path):
+    texts = ["a\rb", "c\nd", "e\r\nf", '"g"', "h,i", "\r", " j ", "\u2028k", "\x0bl"]
+    write_csv(tmp_path / "rows.csv", ["text", "n,"], [(text, i) for i, text in enumerate(texts)])
+    with (tmp_path / "rows.csv").open(encoding="utf-8", newline="") as file:
+        content = file.read()
+    assert list(csv.reader(content.splitlines(keepends=True)))[0] == ["text", "n,"]
+    assert [row["text"] for row in read_csv(tmp_path / "rows.csv").rows] == texts
+    assert content.endswith("\x0bl,8\n")

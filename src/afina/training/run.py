@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -393,8 +393,18 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]])
 
     def write(beside: Path) -> None:
         with beside.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
+            writer = csv.writer(_Lines(file))  # which ends records by \r\n, so that a text with either is quoted
             writer.writerow(columns)
             writer.writerows(rows)
 
     write_atomically(path, write)
+
+
+class _Lines:
+    """Ends each record by a line feed alone."""
+
+    def __init__(self, file: TextIO):
+        self.file = file
+
+    def write(self, record: str) -> None:
+        self.file.write(record.removesuffix("\r\n") + "\n")
