@@ -64,7 +64,7 @@ def trained(afina, places, name, output, *words):
 
 def test_tags_from_columns_to_answers(afina, places, tmp_path):
     run = tmp_path / "run"
-    said = trained(afina, places, "token_classification", run, "ner", "--epochs", "12", "r=5")
+    said = trained(afina, places, "token_classification", run, "ner", "--epochs", "24", "r=5")
     assert "tags: IOB2" in said.out
     assert "entity F1" in said.out
     metrics = json.loads((run / "metrics.json").read_text())
@@ -72,7 +72,7 @@ def test_tags_from_columns_to_answers(afina, places, tmp_path):
     assert metrics["test"]["per_type"].keys() == {"person", "place"}
     assert any("classifier" in key for key in read_weights(run / "adapter" / "adapter_model.safetensors"))
 
-    text = "Ayer, Zoë vive  en Köln."
+    text = "con Zoë, vive  en Köln."
     answer = json.loads(afina("predict", run, "--text", text, "--json").out)
     assert [(e["text"], e["type"]) for e in answer["entities"]] == [("Zoë", "person"), ("Köln", "place")]
     assert [text[e["start"] : e["end"]] for e in answer["entities"]] == ["Zoë", "Köln"]
