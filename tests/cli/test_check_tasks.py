@@ -77,3 +77,11 @@ def test_every_key_of_a_recipe_may_be_typed_over_it(afina, places, tmp_path):
     assert "r=7" in said.out
     said = afina("check", path, "model=elsewhere/at/all", "task=regresion")
     assert "Did you mean 'regression'" in said.err
+
+
+def test_a_recipe_that_is_not_there_is_told_with_its_neighbours(afina, places, tmp_path):
+    recipe(places, tmp_path)
+    said = afina("check", tmp_path / "recipes.yaml")
+    assert said.code == 1
+    assert "there is no recipe" in said.err
+    assert "Did you mean 'recipe.yaml'" in said.err

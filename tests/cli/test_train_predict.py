@@ -124,3 +124,9 @@ def test_every_option_says_its_default_as_the_recipe_has_it():
             default = holder["name"] if isinstance(holder, dict) else getattr(holder, key)
             assert default is None or said == f"{default}", name
     assert set(PLACES) <= set(inspect.signature(train).parameters)
+
+
+def test_a_second_text_is_refused_where_none_was_trained(done, afina):
+    said = afina("predict", done[0], "--text", "w1 late", "--text-pair", "w2")
+    assert said.code == 1
+    assert "--text-pair: this run was trained on single texts" in said.err

@@ -68,6 +68,8 @@ def predict(
             row["text_pair"] = other
         if text_pair and "text_pair" not in trained.task.kind.columns:
             raise ConfigError(f"--text-pair: {trained.task.name} reads one text, not two")
+        if text_pair and "text_pair" not in asked and trained.task.kind.columns.get("text_pair"):
+            raise ConfigError("--text-pair: this run was trained on single texts and never saw a second one; leave it out")
         if "text_pair" in asked and not text_pair and trained.task.kind.columns["text_pair"].required:
             raise ConfigError(f"--text-pair is missing: {trained.task.kind.columns['text_pair'].help}")
     examples = trained.asked(rows, read.lines if read else ())

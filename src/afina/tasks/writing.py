@@ -61,7 +61,10 @@ class WritingTask(Task):
     def __init__(self, tokenizer: Any, options: Any = None, learned: Mapping[str, Any] | None = None):
         super().__init__(tokenizer, options, learned)
         if tokenizer.eos_token is None:
-            raise ConfigError("the tokenizer has no end token, so the model could not learn to stop")
+            raise ConfigError(
+                f"the tokenizer has no end token, so the model could not learn to stop; {self.name} needs a model that "
+                "writes, such as t5-small for seq2seq or gpt2 for causal_lm"
+            )
         if not self.options.generate:
             self.figures = {key: f for key, f in self.figures.items() if not f.final}  # type: ignore[misc]
 
