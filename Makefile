@@ -31,7 +31,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.demo
 	@echo "Installing what the tests need (once)"
-	@$(PIP) -e ".[test,bitsandbytes]"
+	@$(PIP) -e ".[test]"
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.demo

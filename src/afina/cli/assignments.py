@@ -22,6 +22,7 @@ PLACES = {
     "epochs": "training.epochs", "batch_size": "training.batch_size", "learning_rate": "training.learning_rate",
     "max_length": "training.max_length", "max_truncated": "training.max_truncated", "precision": "training.precision",
     "gradient_accumulation": "training.gradient_accumulation", "seed": "training.seed",
+    "memory": "memory.limit", "weights": "memory.weights", "engine": "distributed.engine",
 }  # fmt: skip
 TYPED = {place: f"--{option.replace('_', '-')}" for option, place in PLACES.items()} | {"output": "--output"}
 
@@ -59,7 +60,7 @@ def method_options(typed: Sequence[str], config: Any, name: str, problems: Probl
 def assemble(given: dict[str, Any], arguments: list[str], problems: Problems) -> Recipe:
     """The recipe that a file and the options typed over it make; what cannot be understood is added to `problems`."""
     from afina.core.registry import methods
-    from afina.training.recipe import Recipe, read_recipe
+    from afina.training.recipe import Recipe, parse_value, read_recipe
 
     files = [a for a in arguments if a.endswith((".yaml", ".yml")) and "=" not in a]
     if len(files) > 1:
@@ -70,7 +71,9 @@ def assemble(given: dict[str, Any], arguments: list[str], problems: Problems) ->
         if name in ("model", "method", "task"):
             name_whole(recipe, name, value)
         else:
-            setattr(getattr(recipe, section) if section else recipe, key, value)
+            target = getattr(recipe, section)
+            hint = get_type_hints(type(target))[key]
+            setattr(target, key, parse_value(value, hint) if hint == int | str else value)
     words = [a for a in arguments if a not in files]
     words = section_options(words, recipe, problems)
     chosen = methods().get(str(recipe.method["name"]))
@@ -102,7 +105,7 @@ def section_options(words: list[str], recipe: Recipe, problems: Problems) -> lis
         if equals and rest and section == "method":
             others.append(f"{rest}={text}")
             continue
-        if section not in ("training", "data", "task") or not equals or not rest:
+        if section not in ("training", "data", "task", "memory", "distributed") or not equals or not rest:
             others.append(word)
             continue
         chosen = tasks().get(str(recipe.task.get("name")))

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from afina.cli.assignments import assemble
-from afina.cli.plan import show_plan
+from afina.cli.preview import show_plan
 from afina.cli.show import console, quiet
 
 __all__ = ["check"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from afina.cli.assignments import assemble, typed_as
-from afina.cli.plan import MOST_CLASSES
+from afina.cli.preview import MOST_CLASSES
 from afina.cli.show import heading, pairs, quiet, table
 
 if TYPE_CHECKING:

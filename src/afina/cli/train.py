@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from afina.cli.assignments import PLACES, assemble, typed_as
-from afina.cli.plan import MOST_CLASSES, show_plan
+from afina.cli.preview import MOST_CLASSES, show_plan
 from afina.cli.show import console, heading, pairs, quiet, table
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def train(
     method: Annotated[str | None, typer.Option(help="See `afina methods` (default: lora)")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write the run into.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training rows (default: 5)")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows of one step (default: 16)")] = None,
+    batch_size: Annotated[str | None, typer.Option(help="Rows of one step, or auto (default: 16)")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate (default: what suits the method)")] = None,
     max_length: Annotated[
         int | None, typer.Option(help="Tokens of a text (default: the longest, up to the model's limit)")
@@ -43,8 +43,13 @@ def train(
     ] = None,
     precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16 (default: auto)")] = None,
     gradient_accumulation: Annotated[
-        int | None, typer.Option(help="Parts a step is computed in, to save memory (default: 1)")
+        str | None, typer.Option(help="Parts a step is computed in, to save memory, or auto (default: 1)")
     ] = None,
+    memory: Annotated[str | None, typer.Option(help="Most memory of the device to take, as 11GB (default: all)")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Storage of the frozen weights: fp32, bf16, fp16, int8, nf4, ... (default: auto)")
+    ] = None,
+    engine: Annotated[str | None, typer.Option(help="Of several processes: ddp, fsdp2, zero2, zero3 (default: ddp)")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the split, new weights and order (default: 0)")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in the output folder.")] = False,
     resume: Annotated[

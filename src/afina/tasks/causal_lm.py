@@ -105,7 +105,7 @@ class CausalLM(WritingTask):
         from transformers import AutoModelForCausalLM
         from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-        model = load_base(AutoModelForCausalLM, path, self.tokenizer, heads=())
+        model = load_base(self, AutoModelForCausalLM, path, heads=())
         if model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and _looks_ahead(model):
             raise ConfigError(
                 f"model {path}: {type(model).__name__} sees the tokens that follow, so it would foretell what it reads; "

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from afina.errors import ConfigError, shortened
+
+if TYPE_CHECKING:
+    from afina.tasks.task import Task
 
 __all__ = ["load_base"]
 
 
-def load_base(auto: Any, path: str, tokenizer: Any, *, heads: tuple[str, ...] | None = None, **settings: Any) -> Any:
-    """A model of one of transformers' Auto classes, float32, its padding id set.
+def load_base(task: Task, auto: Any, path: str, *, heads: tuple[str, ...] | None = None, **settings: Any) -> Any:
+    """A model of one of transformers' Auto classes, stored as `task.storage` says, its padding id set.
 
     `heads`: prefixes of the parameters that may be new; None: everything outside the base model proper. `settings` go into
     the configuration. Raises ConfigError where the architecture has no such head or weights are missing or misshapen.
     """
     try:
-        model, info = auto.from_pretrained(
-            path,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # a head for other labels is replaced; anything else is refused below
-            dtype=torch.float32,
-            **settings,
-        )
+        model, info = task.storage.load(auto, path, **settings)
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise
@@ -37,7 +32,7 @@ def load_base(auto: Any, path: str, tokenizer: Any, *, heads: tuple[str, ...] | 
     below = sorted(k for k in info["missing_keys"] if not k.startswith(new) and ".pooler." not in f".{k}")
     if below:
         raise ConfigError(f"model {path}: the checkpoint lacks weights below the head: {shortened(below)}")
-    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = task.tokenizer.pad_token_id
     return model
 
 

@@ -156,7 +156,7 @@ class QuestionAnswering(Task):
         """The base with a head of two outputs for each token: the answer begins, the answer ends."""
         from transformers import AutoModelForQuestionAnswering
 
-        return load_base(AutoModelForQuestionAnswering, path, self.tokenizer)
+        return load_base(self, AutoModelForQuestionAnswering, path)
 
     # --- rows
 

@@ -84,7 +84,7 @@ class Regression(SequenceClassification):
         """The base with a head of one output."""
         from transformers import AutoModelForSequenceClassification
 
-        return load_base(AutoModelForSequenceClassification, path, self.tokenizer, num_labels=1, problem_type="regression")
+        return load_base(self, AutoModelForSequenceClassification, path, num_labels=1, problem_type="regression")
 
     # --- rows
 

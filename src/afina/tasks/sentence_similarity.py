@@ -149,7 +149,7 @@ class SentenceSimilarity(Task):
         if self.options.pooling == "auto":
             self.pooling = find_pooling(path, config)
         auto = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
-        return load_base(auto, path, self.tokenizer, heads=())
+        return load_base(self, auto, path, heads=())
 
     def idle(self, model: Any) -> list[str]:
         """What BERT and its like compute of the first token for the next sentence."""

@@ -78,7 +78,7 @@ class Seq2Seq(WritingTask):
         """The base, of which nothing may be missing."""
         from transformers import AutoModelForSeq2SeqLM
 
-        model = load_base(AutoModelForSeq2SeqLM, path, self.tokenizer, heads=())
+        model = load_base(self, AutoModelForSeq2SeqLM, path, heads=())
         start = getattr(model.config, "decoder_start_token_id", None)
         start = model.generation_config.decoder_start_token_id if start is None else start
         if start is None:

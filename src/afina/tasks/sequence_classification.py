@@ -73,7 +73,7 @@ class SequenceClassification(Task):
 
         names = dict(enumerate(self.labels))
         return load_base(
-            AutoModelForSequenceClassification, path, self.tokenizer, num_labels=len(names), id2label=names,
+            self, AutoModelForSequenceClassification, path, num_labels=len(names), id2label=names,
             label2id={label: i for i, label in names.items()},
         )  # fmt: skip
 

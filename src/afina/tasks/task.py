@@ -19,6 +19,7 @@ import torch
 
 from afina.data.example import Example, Kind
 from afina.errors import ConfigError
+from afina.memory.storage import Storage
 
 __all__ = ["Batch", "Encoded", "Feature", "Figure", "NoOptions", "Rows", "Task"]
 
@@ -95,6 +96,7 @@ class Task(ABC):
     smooths: ClassVar[bool] = True  # whether label smoothing means something
     untuned: ClassVar[bool] = False  # the base answers without training too: its figures are a baseline
 
+    storage = Storage()  # of the base's weights, which load_model follows
     label_smoothing = 0.0  # of the training loss; figures do not know it
     class_weights: Sequence[float] | None = None  # of the training loss, one a label
 
@@ -127,7 +129,7 @@ class Task(ABC):
 
     @abstractmethod
     def load_model(self, path: str) -> Any:
-        """The base model with a head for this task, float32. Raises ConfigError where there is none."""
+        """The base model with a head for this task, stored as `storage` says. Raises ConfigError where there is none."""
 
     def idle(self, model: Any) -> list[str]:
         """Modules of the base that this task never runs, so that there is nothing to adapt in them."""

@@ -151,7 +151,7 @@ class TokenClassification(Task):
 
         names = dict(enumerate(self.labels))
         return load_base(
-            AutoModelForTokenClassification, path, self.tokenizer, num_labels=len(names), id2label=names,
+            self, AutoModelForTokenClassification, path, num_labels=len(names), id2label=names,
             label2id={label: i for i, label in names.items()},
         )  # fmt: skip
 

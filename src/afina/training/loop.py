@@ -29,6 +29,7 @@ from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from afina.core.adapter import SavedModule
 from afina.core.files import write_atomically
 from afina.errors import StoppedError, TrainingError
+from afina.memory.measure import is_out_of_memory, release
 from afina.tasks.task import Rows, Task
 from afina.training import checkpoints
 from afina.training.batching import parts, shuffled_batches, sorted_batches
@@ -51,6 +52,7 @@ class Fitted:
     best_step: int = 0
     validation: dict[str, Any] = field(default_factory=dict)
     peak_memory_bytes: int = 0
+    notes: list[str] = field(default_factory=list)  # what happened on the way, as sentences for a person
 
 
 def make_accelerator(precision: str) -> Accelerator:
@@ -92,7 +94,7 @@ def fit(
     best_by = options.best or next(iter(task.figures))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer: Any = make_optimizer(options.optimizer, trained, options.learning_rate, options.weight_decay)
-    steps_per_epoch = math.ceil(len(train.features) / options.batch_size)
+    steps_per_epoch = math.ceil(len(train.features) / options.rows)
     total_steps = steps_per_epoch * options.epochs
     between = max(1.0, options.evaluate_every * (steps_per_epoch if options.evaluate_unit == "epochs" else 1))
     best: dict[str, torch.Tensor] = {}
@@ -114,6 +116,8 @@ def fit(
         best_score, waited, (since_loss, since_targets) = tuple(state["best_score"]), state["waited"], state["since"]
         result = Fitted(**state["fitted"])
         started -= result.seconds
+    pieces = options.gradient_accumulation
+    assert isinstance(pieces, int)  # `fewest_parts` has measured it
     watched = _adapter_parameters(model)
     before = {name: p.detach().clone() for name, p in watched.items()}
     if accelerator.num_processes > 1:  # processes would wait for ever for gradients that do not come
@@ -150,22 +154,23 @@ def fit(
         while result.steps < total_steps and not (options.patience and waited >= options.patience):
             epoch, position = divmod(result.steps, steps_per_epoch)
             if not position or not batches:
-                batches = shuffled_batches(train.lengths, options.batch_size, seed=options.seed, epoch=epoch + 1)
+                batches = shuffled_batches(train.lengths, options.rows, seed=options.seed, epoch=epoch + 1)
             model.train()
-            made = list(_parts_of_step(task, train, batches[position], options.gradient_accumulation, accelerator))
-            targets = float(sum(task.targets_in(batch) for counts, batch in made if counts))
-            targets = float(accelerator.reduce(torch.tensor(targets, device=accelerator.device)))
-            loss = torch.zeros((), device=accelerator.device)
-            if task.parts_share and (len(made) > 1 or accelerator.num_processes > 1):
-                with accelerator.autocast():
-                    task.share(model, [b for counts, b in made if counts], _gather(accelerator), accelerator.process_index)
-            for counts, batch in made:
-                with _together(accelerator, wrapped, last=batch is made[-1][1]), accelerator.autocast():
-                    part = task.loss_sum(wrapped, batch) / targets * (1 if counts else 0)
-                accelerator.backward(part * accelerator.num_processes)  # processes average their gradients
-                loss += part.detach()
-                result.tokens += int(batch["attention_mask"].sum()) if counts else 0
-            loss = accelerator.reduce(loss)
+            chance = checkpoints.random_states()
+            while True:
+                try:
+                    loss, targets, tokens = _gradients(task, wrapped, train, batches[position], pieces, accelerator)
+                    break
+                except RuntimeError as error:
+                    if not is_out_of_memory(error) or accelerator.num_processes > 1 or pieces >= len(batches[position]):
+                        raise _too_little_memory(error, options) from error
+                optimizer.zero_grad(set_to_none=True)
+                release(accelerator.device)
+                checkpoints.set_random_states(chance)
+                pieces = min(2 * pieces, len(batches[position]))
+                note = f"memory ran out in step {result.steps + 1}; from there on steps are computed in {pieces} parts"
+                result.notes.append(note)
+            result.tokens += tokens
             norm = accelerator.clip_grad_norm_(trained.values(), options.max_grad_norm)
             factor = schedule_factor(options.schedule, total_steps, options.warmup, result.steps)
             rate = options.learning_rate * factor
@@ -184,7 +189,7 @@ def fit(
             now = result.steps
             evaluated = now == total_steps or math.floor(now / between + 1e-9) > math.floor((now - 1) / between + 1e-9)
             if evaluated:
-                answers = predict(model, task, validation, options.batch_size * 2, accelerator)
+                answers = predict(model, task, validation, options.read_at_once, accelerator)
                 figures = task.metrics(answers, validation.examples)
                 reading = -math.inf if figures[best_by] is None else task.figures[best_by].better * figures[best_by]
                 score = (reading, -figures["loss"])
@@ -227,16 +232,27 @@ def predict(
 ) -> list[Any]:
     """One answer an example, in the order of the examples; nothing else is kept from batch to batch (T32).
 
-    `exact` computes in float32 even where training did not, so that figures are those of the saved adapter anywhere.
-    `final` asks for what the test rows are asked for, which may be generated text.
+    `exact` computes in float32 even where training did not, so that figures are those of the saved adapter anywhere; a base
+    that is stored in 16 bits is computed in them. `final` asks for what the test rows are asked for, which may be generated
+    text. A batch for which memory is too short is halved, and those after it; training keeps its own (T34).
     """
     model.eval()
     found: list[Any] = [None] * len(rows.features)
     ask = task.final_answers if final else task.answers
-    for chosen in sorted_batches(rows.lengths, batch_size):
-        batch = {k: v.to(accelerator.device) for k, v in task.collate([rows.features[i] for i in chosen]).items()}
-        with nullcontext() if exact else accelerator.autocast():
-            made = ask(model, batch)
+    waiting = sorted_batches(rows.lengths, batch_size)
+    while waiting:
+        chosen = waiting.pop(0)
+        try:
+            batch = {k: v.to(accelerator.device) for k, v in task.collate([rows.features[i] for i in chosen]).items()}
+            with task.storage.arithmetic(accelerator.device) if exact else accelerator.autocast():
+                made = ask(model, batch)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or len(chosen) == 1:
+                raise
+            batch, half = {}, -(-len(chosen) // 2)
+            release(accelerator.device)
+            waiting = [rows[i : i + half] for rows in (chosen, *waiting) for i in range(0, len(rows), half)]
+            continue
         for i, answer in zip(chosen, made, strict=True):
             found[i] = answer
     return task.join(found, rows)
@@ -321,6 +337,38 @@ def _stop_unless_same(then: Mapping[str, Any], now: Mapping[str, Any], checkpoin
     wrong = [f"{key} was {then.get(key)!r} and is {value!r}" for key, value in now.items() if then.get(key) != value]
     if wrong:
         raise TrainingError(f"--resume: {checkpoint} is of another run: {'; '.join(wrong)}. Put it back, or start a new run")
+
+
+def _gradients(
+    task: Task, model: Any, data: Rows, rows: list[int], count: int, accelerator: Accelerator
+) -> tuple[torch.Tensor, float, int]:
+    """Forward and backward of a step in `count` parts; its loss, targets over all processes, and tokens of this one."""
+    made = list(_parts_of_step(task, data, rows, count, accelerator))
+    targets = float(sum(task.targets_in(batch) for counts, batch in made if counts))
+    targets = float(accelerator.reduce(torch.tensor(targets, device=accelerator.device)))
+    loss, tokens = torch.zeros((), device=accelerator.device), 0
+    if task.parts_share and (len(made) > 1 or accelerator.num_processes > 1):
+        with accelerator.autocast():
+            bare = accelerator.unwrap_model(model)
+            task.share(bare, [b for counts, b in made if counts], _gather(accelerator), accelerator.process_index)
+    for counts, batch in made:
+        with _together(accelerator, model, last=batch is made[-1][1]), accelerator.autocast():
+            part = task.loss_sum(model, batch) / targets * (1 if counts else 0)
+        accelerator.backward(part * accelerator.num_processes)  # processes average their gradients
+        loss += part.detach()
+        tokens += int(batch["attention_mask"].sum()) if counts else 0
+    return accelerator.reduce(loss), targets, tokens
+
+
+def _too_little_memory(error: RuntimeError, options: TrainingOptions) -> Exception:
+    """What to do where not even single rows fit; other errors as they are."""
+    if not is_out_of_memory(error):
+        return error
+    return TrainingError(
+        f"memory ran out ({str(error).splitlines()[0][:200]}). `afina plan` says what a run takes; what helps, the cheapest "
+        "first: a larger training.gradient_accumulation, a smaller training.max_length, memory.gradient_checkpointing=true, "
+        "training.optimizer=adamw_8bit, memory.weights=int8 or nf4; or memory.limit, and afina chooses"
+    )
 
 
 def _parts_of_step(

@@ -19,14 +19,29 @@ import yaml
 from afina.core.config import AdapterConfig, check_limits, option
 from afina.data.options import DataOptions
 from afina.errors import ConfigError, Problems, did_you_mean
+from afina.memory.sizes import parse_size
+from afina.memory.storage import STORAGES
 from afina.tasks.catalogue import find_task, task_options
 from afina.training.optimizers import OPTIMIZERS, SCHEDULES
 from afina.training.trackers import check_trackers
 
-__all__ = ["DEFAULT_TASK", "DataOptions", "Recipe", "TrainingOptions", "parse_value", "read_recipe"]
+__all__ = [
+    "DEFAULT_BATCH",
+    "DEFAULT_TASK",
+    "ENGINES",
+    "DataOptions",
+    "DistributedOptions",
+    "MemoryOptions",
+    "Recipe",
+    "TrainingOptions",
+    "parse_value",
+    "read_recipe",
+]
 
 DEFAULT_MODEL = "minilm"
 DEFAULT_TASK = "sequence_classification"
+DEFAULT_BATCH = 16
+ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 # Where the command line's defaults for a method differ from the library's, which are PEFT's.
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "lora": {"target_modules": "all-linear"},
@@ -48,8 +63,15 @@ class TrainingOptions:
     """How to train."""
 
     epochs: int = option(5, "passes over the training rows", low=1)
-    batch_size: int = option(16, "rows of one step, over all processes", low=1)
-    gradient_accumulation: int = option(1, "parts a step is computed in, to save memory; changes no result", low=1)
+    batch_size: int | str = option(
+        DEFAULT_BATCH, f"rows of one step, over all processes; auto: {DEFAULT_BATCH}, in as many parts as memory asks for"
+    )
+    gradient_accumulation: int | str = option(
+        1, "parts a step is computed in, to save memory; changes no result; auto: as few as fit, by measuring"
+    )
+    evaluation_batch_size: int | None = option(
+        None, "rows read at once where nothing is learned; None: twice those of a step, fewer where memory is short", low=1
+    )
     learning_rate: float | None = option(None, "peak learning rate; None: what suits the method", low=1e-9)
     warmup: float = option(0.1, "share of steps in which the learning rate rises", low=0.0, high=1.0)
     weight_decay: float = option(0.01, "decay of matrices; vectors have none", low=0.0)
@@ -70,6 +92,47 @@ class TrainingOptions:
     trackers: list[str] = option(None, "where figures go too: mlflow, tensorboard, trackio, wandb", factory=list)
 
 
+    @property
+    def rows(self) -> int:
+        """Rows of a step, over all processes; `Recipe.check` has made a number of what was asked."""
+        assert isinstance(self.batch_size, int)
+        return self.batch_size
+
+    @property
+    def read_at_once(self) -> int:
+        """Rows of a batch where nothing is learned."""
+        return self.evaluation_batch_size or self.rows * 2
+
+
+@dataclasses.dataclass
+class MemoryOptions:
+    """What is kept where."""
+
+    limit: str | None = option(
+        None, "memory of the device that the run may take, for example 11GB; the cheapest settings that fit are chosen"
+    )
+    weights: str = option(
+        "auto", "storage of the frozen weights; auto: as the checkpoint has them where they are 16-bit and so is the "
+        "arithmetic, else fp32; int8, nf4 and fp4 need afina[bitsandbytes], int8_weight_only afina[torchao]",
+        choices=("auto", *STORAGES),
+    )  # fmt: skip
+    gradient_checkpointing: bool = option(
+        False, "keep the input of each block alone and compute the block again in backward: less memory, a third more time"
+    )
+    activation_offload: bool = option(False, "keep what backward needs in the host's memory, where the device is a GPU")
+
+
+@dataclasses.dataclass
+class DistributedOptions:
+    """How several processes share the work."""
+
+    engine: str = option(
+        "ddp", "ddp: a whole model each; fsdp2: weights in shards, by torch; zero2 and zero3: by afina[deepspeed]",
+        choices=ENGINES,
+    )  # fmt: skip
+    offload: bool = option(False, "with zero2 or zero3: what is in shards lies in the host's memory")
+
+
 @dataclasses.dataclass
 class Recipe:
     """A whole run."""
@@ -79,11 +142,14 @@ class Recipe:
     data: DataOptions = option(None, "the examples", factory=DataOptions)
     method: dict[str, Any] = option(None, "name of the method, and its options", factory=lambda: {"name": "lora"})
     training: TrainingOptions = option(None, "how to train", factory=TrainingOptions)
+    memory: MemoryOptions = option(None, "what is kept where", factory=MemoryOptions)
+    distributed: DistributedOptions = option(None, "how several processes share the work", factory=DistributedOptions)
 
     def check(self, problems: Problems, spell: Callable[[str], str] = str) -> Any:
         """Resolve what was left open and add everything that is wrong; returns the method's configuration, or None."""
         from afina.core.registry import get_method
 
+        self._check_parts(problems, spell)
         _check_all(self, problems, spell, "")
         check_trackers(self.training.trackers, problems, spell)
         task_type = self._check_task(problems, spell)
@@ -95,11 +161,6 @@ class Recipe:
             return None
         if self.training.learning_rate is None:
             self.training.learning_rate = LEARNING_RATES.get(name, DEFAULT_LEARNING_RATE)
-        if self.training.batch_size < self.training.gradient_accumulation:
-            problems.add(
-                f"{spell('training.gradient_accumulation')}={self.training.gradient_accumulation}: a step of "
-                f"{self.training.batch_size} rows ({spell('training.batch_size')}) has no more parts than that"
-            )
         given = {k: v for k, v in self.method.items() if k != "name"}
         fields = {f.name for f in dataclasses.fields(method.config)}
         unknown = [key for key in given if key not in fields]
@@ -114,6 +175,35 @@ class Recipe:
         except ConfigError as error:
             problems.add(str(error))
             return None
+
+    def _check_parts(self, problems: Problems, spell: Callable[[str], str]) -> None:
+        """Rows of a step and its parts, where they may be `auto`; the limit of memory."""
+        options = self.training
+        if options.batch_size == "auto":
+            options.batch_size, options.gradient_accumulation = DEFAULT_BATCH, "auto"
+        for key in ("batch_size", "gradient_accumulation"):
+            value = getattr(options, key)
+            if (key, value) != ("gradient_accumulation", "auto") and (not isinstance(value, int) or value < 1):
+                problems.add(f"{spell(f'training.{key}')}={value!r}: expected a number of at least 1, or auto")
+                setattr(options, key, 1)
+        rows, count = options.batch_size, options.gradient_accumulation
+        if count != "auto" and options.evaluation_batch_size is None:
+            options.evaluation_batch_size = options.read_at_once
+        if isinstance(rows, int) and isinstance(count, int) and rows < count:
+            problems.add(
+                f"{spell('training.gradient_accumulation')}={count}: a step of {rows} rows ({spell('training.batch_size')}) "
+                "has no more parts than that"
+            )
+        if self.memory.limit is not None:
+            try:
+                parse_size(self.memory.limit)
+            except ConfigError as error:
+                problems.add(f"{spell('memory.limit')}: {error}")
+        if self.distributed.offload and not self.distributed.engine.startswith("zero"):
+            problems.add(
+                f"{spell('distributed.offload')}: {self.distributed.engine} keeps everything on the devices; "
+                "take engine zero2 or zero3"
+            )
 
     def _check_task(self, problems: Problems, spell: Callable[[str], str]) -> str | None:
         """Resolve the task's options and the figure that chooses; returns PEFT's name for the kind of model."""
@@ -211,6 +301,8 @@ def parse_value(value: Any, hint: Any, *, several: bool = False) -> Any:
         return None
     if Any in kinds:
         return value
+    if isinstance(value, str) and int in kinds and value.strip().isdigit():
+        value = int(value)
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a table {name: value}",
              list: "a list"}  # fmt: skip
     for kind in kinds:

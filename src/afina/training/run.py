@@ -35,6 +35,7 @@ from afina.errors import (
     did_you_mean,
 )
 from afina.functions import get_peft_model
+from afina.memory.storage import FLOATS, Storage
 from afina.model import PeftModel
 from afina.report.card import write_card
 from afina.report.html import REPORT, write_report
@@ -45,6 +46,7 @@ from afina.training import checkpoints
 from afina.training.cache import Part, encoded_once
 from afina.training.loop import Fitted, fit, make_accelerator, predict
 from afina.training.models import ModelSource, find_model, load_config, load_tokenizer
+from afina.training.parts import settle_parts
 from afina.training.precision import choose_precision
 from afina.training.recipe import Recipe
 from afina.training.trackers import Trackers
@@ -135,6 +137,8 @@ def prepare(
     if recipe.training.best not in task.figures:
         asked = f"{spell('training.best')}={recipe.training.best!r}"
         raise ConfigError(f"{asked}: these rows give no such figure.{did_you_mean(recipe.training.best, task.figures)}")
+    recipe.memory.weights = _weights(recipe.memory.weights, load_config(source), precision)
+    task.storage = Storage(recipe.memory.weights)
     torch.manual_seed(recipe.training.seed)
     config.base_model_name_or_path = source.public_name
     base = task.load_model(source.path)
@@ -218,17 +222,23 @@ class Run:
                 trackers(line)
                 tell(line)
 
+            notes = []
+            if options.gradient_accumulation == "auto":
+                notes = settle_parts(self.model, self.task, self.rows, self.recipe, accelerator)
+                if accelerator.is_main_process:
+                    self._write_recipe()
             fitted = fit(
                 self.model, self.task, self.rows["train"], self.rows["validation"], options, accelerator, self.output,
                 tell=told, resume=self.resume, from_step=self.from_step,
             )  # fmt: skip
+            fitted.notes[:0] = notes
             self._settle(accelerator)
             test = self.rows["test"]
-            answers = predict(self.model, self.task, test, options.batch_size * 2, accelerator, exact=True, final=True)
+            answers = predict(self.model, self.task, test, options.read_at_once, accelerator, exact=True, final=True)
             metrics = self._metrics(fitted, answers)
             if self.task.untuned:
                 with self.model.disable_adapter():
-                    size = options.batch_size * 2
+                    size = options.read_at_once
                     before = predict(self.model, self.task, test, size, accelerator, exact=True, final=True)
                 figures = self.task.metrics(before, test.examples)
                 metrics["baselines"]["untuned"] = {"title": "the base, not tuned", **figures}
@@ -246,7 +256,7 @@ class Run:
     def _settle(self, accelerator: Any) -> None:
         """Let the task choose on the validation rows what it is asked to choose there."""
         if self.task.settles:
-            rows, size = self.rows["validation"], self.recipe.training.batch_size * 2
+            rows, size = self.rows["validation"], self.recipe.training.read_at_once
             answers = predict(self.model, self.task, rows, size, accelerator, exact=True)
             self.task.learned |= self.task.settle(answers, rows.examples)
 
@@ -275,6 +285,9 @@ class Run:
             "token_histogram": histogram(lengths),
         }
         _write_json(self.output / DATA / "data_report.json", report)
+        self._write_recipe()
+
+    def _write_recipe(self) -> None:
         head = "# The whole run. To repeat it: afina train recipe.yaml --output ANOTHER_FOLDER\n"
         labels = "".join(f"#   {i}  {json.dumps(label, ensure_ascii=False)}\n" for i, label in enumerate(self.task.labels))
         classes = f"# Classes, in the order of the model's outputs:\n{labels}" if labels else ""
@@ -309,6 +322,7 @@ class Run:
                 "total_parameters": total,
                 "precision": self.precision,
                 "threads": torch.get_num_threads(),
+                "notes": fitted.notes,
             },
             "versions": _versions(),
         }
@@ -321,6 +335,7 @@ class Run:
         """
         device, folder, rows = next(self.model.parameters()).device, self.output / ADAPTER, self.rows["test"]
         task = task_from_settings(self.task.settings(), load_tokenizer(self.source, folder))
+        task.storage = self.task.storage
         fresh = PeftModel.from_pretrained(task.load_model(self.source.path), folder, tokenizer=task.tokenizer).to(device)
         longest = sorted(range(len(rows.features)), key=lambda i: -rows.lengths[i])[:_COMPARED]
         chosen = sorted({rows.features[i]["row"] for i in longest})
@@ -366,6 +381,12 @@ def _check_truncation(encoded: Encoded, texts: int, recipe: Recipe, spell: Calla
             f"would be cut off; {spell('training.max_truncated')} allows {recipe.training.max_truncated:.0%}: {cure}, or "
             "allow more"
         )
+
+
+def _weights(asked: str, config: Any, precision: str) -> str:
+    """The storage of the frozen weights that `auto` means: the checkpoint's own where arithmetic is 16-bit anyway."""
+    own = next((name for name, dtype in FLOATS.items() if dtype == config.dtype), "fp32")
+    return asked if asked != "auto" else own if own == precision else "fp32"
 
 
 def _device() -> torch.device:

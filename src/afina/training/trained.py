@@ -12,6 +12,7 @@ from afina.data.clean import normalised
 from afina.data.example import Example
 from afina.data.made import in_cell
 from afina.errors import CheckpointError, DataError, Problems, shortened
+from afina.memory.storage import Storage
 from afina.model import PeftModel
 from afina.tasks.catalogue import task_from_settings
 from afina.tasks.task import Rows, Task
@@ -52,6 +53,7 @@ class TrainedRun:
         settings = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["task"]
         source = find_model(recipe.model)
         task = task_from_settings(settings, load_tokenizer(source, folder / "adapter"))
+        task.storage = Storage(recipe.memory.weights if recipe.memory.weights != "auto" else "fp32")
         model = PeftModel.from_pretrained(task.load_model(source.path), folder / "adapter", tokenizer=task.tokenizer)
         return cls(folder, recipe, task, model)
 

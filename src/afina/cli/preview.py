@@ -65,7 +65,7 @@ def show_plan(run: Run) -> None:
     elif example.label in labels:
         pairs({"class": f"{labels.index(example.label)}"})
     options = recipe.training
-    steps = -(-len(run.rows["train"].features) // options.batch_size)
+    steps = -(-len(run.rows["train"].features) // options.rows)
     heading("Plan")
     pairs(
         {
