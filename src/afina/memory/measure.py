@@ -16,7 +16,12 @@ import torch
 
 __all__ = ["Peak", "available", "is_out_of_memory", "measured", "release", "resident"]
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+# The last two are how oneDNN says that its workspace was refused on a CPU.
+_REFUSED = (
+    "out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED",
+    "could not create a primitive", "could not create a memory",
+)  # fmt: skip
+_STATUS, _CLEAR, _GROUP = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/sys/fs/cgroup")
 
 
 @dataclass
@@ -40,8 +45,7 @@ def available(device: torch.device) -> int:
     free = psutil.virtual_memory().available
     for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
         with contextlib.suppress(OSError, ValueError):
-            root = Path("/sys/fs/cgroup")
-            free = min(free, int((root / limit).read_text()) - int((root / used).read_text()))
+            free = min(free, int((_GROUP / limit).read_text()) - int((_GROUP / used).read_text()))
     return max(0, free)
 
 
@@ -118,5 +122,4 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out: a GPU's, or a CPU allocation that the system refused."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    said, words = str(error), ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(word in said for word in words)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _REFUSED)

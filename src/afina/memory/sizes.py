@@ -30,4 +30,4 @@ def shown_size(amount: float) -> str:
     """`9.8 GB`, `512 MB`: units of 10^9 and 10^6 bytes, as cards are sold and limits are written."""
     if abs(amount) >= 99.5e6:
         return f"{amount / 1e9:,.2f} GB" if abs(amount) < 99.5e9 else f"{amount / 1e9:,.0f} GB"
-    return f"{amount / 1e6:,.1f} MB" if abs(amount) >= 1e5 else f"{amount / 1e3:,.0f} kB"
+    return f"{amount / 1e6:,.1f} MB" if abs(amount) >= 1e6 else f"{amount / 1e3:,.0f} kB"

@@ -183,7 +183,7 @@ class Recipe:
             options.batch_size, options.gradient_accumulation = DEFAULT_BATCH, "auto"
         for key in ("batch_size", "gradient_accumulation"):
             value = getattr(options, key)
-            if (key, value) != ("gradient_accumulation", "auto") and (not isinstance(value, int) or value < 1):
+            if (key, value) != ("gradient_accumulation", "auto") and (type(value) is not int or value < 1):
                 problems.add(f"{spell(f'training.{key}')}={value!r}: expected a number of at least 1, or auto")
                 setattr(options, key, 1)
         rows, count = options.batch_size, options.gradient_accumulation
