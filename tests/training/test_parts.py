@@ -65,7 +65,7 @@ def test_a_limit_makes_more_parts_and_the_same_run(places, tmp_path, monkeypatch
     """Half the rows of a step are too many: what is learned is what all at once would have taught."""
     from afina.training import parts
 
-    plain, expected = fitted(prepared(places, tmp_path / "plain", batch_size=16, epochs=1))
+    _, expected = fitted(prepared(places, tmp_path / "plain", batch_size=16, epochs=1))
     run = prepared(places, tmp_path / "auto", batch_size="auto", epochs=1)
     monkeypatch.setattr(parts, "largest_size", lambda work, most, device, budget: (min(most, 3), 0))
     settle_parts(run.model, run.task, run.rows, run.recipe, make_accelerator("fp32"))

@@ -69,9 +69,11 @@ def show_plan(run: Run) -> None:
     heading("Plan")
     pairs(
         {
-            "epochs": f"{options.epochs} of {steps} steps, {options.batch_size} rows a step",
+            "epochs": f"{options.epochs} of {steps} steps, {options.batch_size} rows a step{_parts(options)}",
             "learning rate": f"{options.learning_rate:g} at its peak",
             "precision": run.precision + (" (trained weights stay fp32)" if run.precision != "fp32" else ""),
+            "base": f"frozen weights in {recipe.memory.weights}"
+            + (", blocks computed again in backward" if recipe.memory.gradient_checkpointing else ""),
             "optimizer": f"{options.optimizer}, {options.schedule} schedule",
             "kept": f"the weights with the best {options.best} on the validation rows, read every "
             f"{options.evaluate_every:g} {options.evaluate_unit}"
@@ -79,6 +81,13 @@ def show_plan(run: Run) -> None:
             **({"output": run.output} if run.output.name else {}),
         }
     )
+
+
+def _parts(options: Any) -> str:
+    count = options.gradient_accumulation
+    if count == "auto":
+        return ", computed in as many parts as memory asks for (measured before the first step)"
+    return f", computed in {count} parts" if count > 1 else ""
 
 
 def _begin(text: str) -> str:
