@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from afina.core.adapter import Adapter, Base, Chain, SavedModule
@@ -214,10 +215,11 @@ def _take(value: Any, index: torch.Tensor, size: int) -> Any:
 
 
 def _put(y: Any, parts: list[tuple[torch.Tensor, Any]]) -> Any:
-    """`y` with some rows replaced; rows of no adapter stay as they are."""
+    """`y` with some rows replaced; rows of no adapter stay as they are. Heads of different sizes are filled up with zeros."""
     if isinstance(y, torch.Tensor):
-        y = y.clone()
+        widest = max(rows.shape[-1] for rows in (y, *(rows for _, rows in parts))) if y.dim() else 0
+        y = F.pad(y, (0, widest - y.shape[-1])) if y.dim() and y.shape[-1] < widest else y.clone()
         for index, rows in parts:
-            y[index] = rows.to(y.dtype)
+            y[index] = (F.pad(rows, (0, widest - rows.shape[-1])) if y.dim() else rows).to(y.dtype)
         return y
     return type(y)(_put(v, [(index, rows[i]) for index, rows in parts]) for i, v in enumerate(y))

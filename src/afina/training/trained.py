@@ -17,7 +17,7 @@ from afina.model import PeftModel
 from afina.tasks.catalogue import task_from_settings
 from afina.tasks.task import Rows, Task
 from afina.training.loop import make_accelerator, predict
-from afina.training.models import find_model, load_tokenizer
+from afina.training.models import ModelSource, find_model, load_tokenizer
 from afina.training.recipe import Recipe, read_recipe
 
 __all__ = ["TrainedRun"]
@@ -38,6 +38,13 @@ class TrainedRun:
     @classmethod
     def load(cls, folder: Path) -> TrainedRun:
         """Raises CheckpointError where the folder is no finished run."""
+        recipe, task, source = cls.described(folder)
+        model = PeftModel.from_pretrained(task.load_model(source.path), folder / "adapter", tokenizer=task.tokenizer)
+        return cls(folder, recipe, task, model)
+
+    @staticmethod
+    def described(folder: Path) -> tuple[Recipe, Task, ModelSource]:
+        """Recipe, task and base of a run, without its model. Raises CheckpointError where the folder is no finished run."""
         if not folder.is_dir():
             raise CheckpointError(f"there is no run folder {folder}")
         missing = [name for name in ("recipe.yaml", "adapter", "metrics.json") if not (folder / name).exists()]
@@ -54,8 +61,7 @@ class TrainedRun:
         source = find_model(recipe.model)
         task = task_from_settings(settings, load_tokenizer(source, folder / "adapter"))
         task.storage = Storage(recipe.memory.weights if recipe.memory.weights != "auto" else "fp32")
-        model = PeftModel.from_pretrained(task.load_model(source.path), folder / "adapter", tokenizer=task.tokenizer)
-        return cls(folder, recipe, task, model)
+        return recipe, task, source
 
     @property
     def columns(self) -> dict[str, str]:
