@@ -329,9 +329,8 @@ class AdapterSet:
         """Names of the adapters that are merged into some layer."""
         return tuple(dict.fromkeys(n for layer in self.layers.values() for n in layer.merged))
 
-    def merge(self, names: Sequence[str] | None = None, *, keep: bool = True) -> None:
-        """Put adapters into the stored weights, all of them or none; `keep` holds on to what was stored."""
-        names = tuple(self.active if names is None else names)
+    def check_mergeable(self, names: Sequence[str]) -> None:
+        """Raise AdapterNameError for unknown names, MergeError naming every layer whose adapter cannot be merged."""
         self.check_names(names)
         self.check_once(names)
         problems = Problems("merge")
@@ -343,6 +342,11 @@ class AdapterSet:
             if method_for(self.configs[name]).kind == "prompt":
                 problems.add(f"{name} is a prompt ({type(self.configs[name]).__name__}): it has no weight to merge into")
         problems.raise_as(MergeError)
+
+    def merge(self, names: Sequence[str] | None = None, *, keep: bool = True) -> None:
+        """Put adapters into the stored weights, all of them or none; `keep` holds on to what was stored."""
+        names = tuple(self.active if names is None else names)
+        self.check_mergeable(names)
         ties = tied_groups(self.model)
         marked = not keep and any(is_loaded(p) for p in self.model.parameters())
         try:

@@ -1,0 +1,93 @@
+"""What a format of export is: how it is written from a merged model, and how its own runtime reads it back.
+
+Every format but the adapter's own begins with the merged model in a folder as transformers reads it, so that no converter
+knows of adapters, methods or quantised bases. `load` is the runtime that the artefact is made for; what it returns is called
+like a model of transformers, so that a task asks it as it asks the model it was trained with.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from afina.errors import CheckpointError
+from afina.tasks.task import Task
+
+__all__ = ["Format", "Settings", "Source", "model_class"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for. `base`: into which weights adapters of a quantised base are merged; `max_drop`: see `limits.py`;
+    `dtype`: of a merged model's weights (auto: the checkpoint's own); `quantisation`: of GGUF's weights."""
+
+    max_drop: float = 0.005
+    base: str | None = None
+    dtype: str = "auto"
+    quantisation: str = "f16"
+    max_error: float = 0.1
+
+
+@dataclass
+class Source:
+    """What a format is made from: the merged model in `folder`, the run it came from, its task."""
+
+    folder: Path
+    run: Path
+    task: Task
+    settings: Settings
+    notes: list[str] = field(default_factory=list)  # what is to be told of the export, as sentences for a person
+
+
+class Format(ABC):
+    """One format."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]  # what it is for, in a line
+    merged: ClassVar[bool] = True  # whether it is made from the merged model
+    lossy: ClassVar[bool] = False  # whether its weights are rounded, so that its figures are measured
+
+    def check(self, task: Task, config: Any, settings: Settings) -> None:
+        """Raise ConfigError where this format cannot hold such a model, saying what can be done instead."""
+
+    @abstractmethod
+    def write(self, source: Source, folder: Path) -> None:
+        """Make the artefact in `folder`, which exists and is empty."""
+
+    @abstractmethod
+    def load(self, folder: Path, task: Task) -> Any:
+        """The artefact in its own runtime, called as a model of transformers is. Raises CheckpointError where it is broken."""
+
+    def tokenizer(self, folder: Path) -> Any:
+        """The tokenizer inside the artefact."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(folder)
+
+    def stops(self, model: Any) -> list[int]:
+        """Tokens at which the artefact stops by its own settings."""
+        own = model.generation_config.eos_token_id
+        return sorted(own if isinstance(own, list) else [own] if own is not None else [])
+
+    def tolerance(self, folder: Path, settings: Settings) -> float:
+        """How far its probabilities may be from those of the run: the largest difference, or where weights are rounded
+        (`lossy`) the mean one."""
+        return 1e-4
+
+    def weights(self, folder: Path) -> int:
+        """Bytes of the artefact, but for what is only told about it."""
+        told = ("golden.json", "export.json", "README.md")
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name not in told)
+
+
+def model_class(folder: Path) -> Any:
+    """The class of transformers that a folder's configuration names."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    names = [name for name in config.architectures or () if hasattr(transformers, name)]
+    if not names:
+        raise CheckpointError(f"{folder}: its config.json names no model class of transformers ({config.architectures})")
+    return getattr(transformers, names[0])

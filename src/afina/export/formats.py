@@ -1,0 +1,18 @@
+"""The formats there are."""
+
+from __future__ import annotations
+
+from afina.errors import ConfigError, did_you_mean
+from afina.export.format import Format
+from afina.export.merged import Merged
+
+__all__ = ["FORMATS", "find_format"]
+
+FORMATS: dict[str, Format] = {made.name: made for made in (Merged(),)}
+
+
+def find_format(name: str) -> Format:
+    """The format of that name; raises ConfigError with the nearest names."""
+    if name not in FORMATS:
+        raise ConfigError(f"--format {name} is no format.{did_you_mean(name, FORMATS)}")
+    return FORMATS[name]

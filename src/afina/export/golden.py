@@ -1,0 +1,307 @@
+"""Golden prompts: some rows with the model's answers, kept in the artefact and asked again of it, through its own runtime (T19).
+
+A row is kept with the tokens it became, so that a tokenizer that splits otherwise is told apart from weights that answer
+otherwise. Of each row are kept: `outputs`, the numbers that two equal models agree on; `answer`, what a person is told, read in
+one padded batch of all rows; and `continuation`, what a model that writes writes greedily. Each is kept twice: as the run
+answered, and as the artefact did when it was made, which it has to repeat later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from afina import __version__
+from afina.core.files import write_atomically
+from afina.data.example import Example
+from afina.errors import CheckpointError, Problems, shortened
+from afina.export.format import Format, Settings
+from afina.tasks.catalogue import task_from_settings
+from afina.tasks.task import Rows, Task
+
+__all__ = ["GOLDEN", "Replay", "ask_rows", "chosen", "read_golden", "record", "replay", "write_golden"]
+
+GOLDEN = "golden.json"
+VERSION = 1
+_TOKENS = 24  # written on of a golden prompt
+_WINDOWS = 3  # features of one row at most
+_OF_EACH = 4  # labels that have a row of their own
+_REPEATED = 1e-3  # an artefact repeats its own answers within this
+_REPEATED_ROUNDED = 2e-2  # where activations are rounded too, which another CPU does differently
+
+
+# --- choosing and asking
+
+
+def chosen(task: Task, examples: Sequence[Example], length: int, limit: int) -> list[tuple[str, Example]]:
+    """Some of the rows, and why each: shortest, longest, typical, letters beyond ASCII, one of each of a few labels."""
+    features = task.encode(examples, length, limit).features
+    tokens = [0] * len(examples)
+    for feature in features:
+        tokens[feature["row"]] += len(feature["input_ids"])
+    order = sorted(range(len(examples)), key=lambda i: (tokens[i], i))
+    found = {"shortest": order[0], "longest": order[-1], "typical": order[len(order) // 2]}
+    foreign = [sum(ord(c) > 127 for c in e.text) for e in examples]
+    if any(foreign):
+        found["letters beyond ASCII"] = max(range(len(examples)), key=lambda i: (foreign[i], -i))
+    if task.kind.labels == "class":
+        for label in task.labels[:_OF_EACH]:
+            rows = [i for i in order if examples[i].label == label]
+            if rows:
+                found[f"label {label}"] = rows[len(rows) // 2]
+    taken: dict[int, str] = {}
+    for why, i in found.items():
+        taken[i] = f"{taken[i]}, {why}" if i in taken else why
+    return [(why, examples[i]) for i, why in taken.items()]
+
+
+@torch.no_grad()
+def ask_rows(model: Any, task: Task, examples: Sequence[Example], features: Sequence[Any], size: int = 32) -> list[Any]:
+    """One answer an example, asked on the CPU in batches of rows of like length."""
+    rows = Rows(list(examples), features)
+    order = sorted(range(len(features)), key=lambda i: rows.lengths[i])
+    answers: list[Any] = [None] * len(features)
+    for start in range(0, len(order), size):
+        batch = order[start : start + size]
+        made = task.answers(model, task.collate([features[i] for i in batch]))
+        for i, answer in zip(batch, made, strict=True):
+            answers[i] = answer
+    return task.join(answers, rows)
+
+
+def _short(task: Task) -> Task:
+    """The task, for a few greedy tokens."""
+    if not hasattr(task.options, "max_new_tokens"):
+        return task
+    other = task_from_settings(task.settings(), task.tokenizer)
+    other.options = dataclasses.replace(task.options, max_new_tokens=_TOKENS, num_beams=1)
+    other.storage = task.storage
+    return other
+
+
+@torch.no_grad()
+def _answers(model: Any, task: Task, examples: Sequence[Example], length: int, limit: int) -> list[dict[str, Any]]:
+    """What is kept of each example: features, outputs, answer, continuation."""
+    task = _short(task)
+    features = task.encode(examples, length, limit).features
+    own: list[list[Any]] = [[] for _ in examples]
+    for feature in features:
+        own[feature["row"]].append(feature)
+    kept = [{**f, "row": i} for i, fs in enumerate(own) for f in fs[:_WINDOWS]]
+    joined = ask_rows(model, task, examples, kept, len(kept))
+    made = []
+    for i, (example, answer) in enumerate(zip(examples, joined, strict=True)):
+        windows = [f for f in kept if f["row"] == i]
+        outputs = [_listed(task.outputs(model, task.collate([{**f, "row": 0}]))) for f in windows]
+        ids = [[f[key] for key in ("input_ids", "decoder_ids", "pair_ids") if key in f] for f in windows]
+        one: dict[str, Any] = {"tokens": ids, "outputs": outputs, "answer": task.respond(answer, example)}
+        if hasattr(task, "ends"):
+            one["answer"] = {}
+            question = dataclasses.replace(example, label="")
+            asked = task.encode([question], task.asked_length(length, limit), limit).features
+            (written,) = task.final_answers(model, task.collate(asked))
+            one["continuation"] = written.text
+        made.append(json.loads(json.dumps(one)))
+    return made
+
+
+def _listed(values: torch.Tensor) -> list[float]:
+    return [round(float(v), 6) for v in values.flatten()]
+
+
+# --- what is kept
+
+
+def record(model: Any, task: Task, rows: Sequence[tuple[str, Example]], length: int, limit: int) -> dict[str, Any]:
+    """Golden prompts with the answers of the model that was trained, and the settings that belong to them."""
+    answers = _answers(model, task, [example for _, example in rows], length, limit)
+    stops = task.ends(_bare(model)) if hasattr(task, "ends") else []
+    settings = task.settings()
+    if hasattr(task, "pooling"):
+        settings["options"]["pooling"] = task.pooling
+    return {
+        "version": VERSION,
+        "made_by": f"afina {__version__}",
+        "task": settings,
+        "length": length,
+        "limit": limit,
+        "chat_template": task.tokenizer.chat_template,
+        "stop_tokens": {str(task.tokenizer.convert_ids_to_tokens(stop)): stop for stop in stops},
+        "prompts": [
+            {"why": why, "row": dict(example.row), "line": example.line, "run": answer}
+            for (why, example), answer in zip(rows, answers, strict=True)
+        ],
+    }
+
+
+def _bare(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def write_golden(folder: Path, golden: Mapping[str, Any]) -> None:
+    """golden.json, with a checksum of every file beside it."""
+    content = {**golden, "files": _checksums(folder)}
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(folder / GOLDEN, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    left = (GOLDEN, "export.json", "README.md")
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in left)
+    found = {}
+    for path in paths:
+        with path.open("rb") as file:
+            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def read_golden(folder: Path) -> dict[str, Any]:
+    """What `write_golden` wrote; raises CheckpointError."""
+    try:
+        golden = json.loads((folder / GOLDEN).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if not folder.is_dir():
+            raise CheckpointError(f"there is no folder {folder}") from None
+        here = shortened(sorted(p.name for p in folder.iterdir())) or "nothing"
+        raise CheckpointError(f"{folder} holds no {GOLDEN}, so it is no export of afina; it holds {here}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / GOLDEN} cannot be read: {error}") from None
+    if golden.get("version") != VERSION:
+        raise CheckpointError(f"{folder / GOLDEN} is of version {golden.get('version')}; this afina reads version {VERSION}")
+    return golden  # type: ignore[no-any-return]
+
+
+# --- asking again
+
+
+@dataclass
+class Replay:
+    """What came of it: the largest and the mean difference of outputs from the run's, and continuations that are equal."""
+
+    prompts: int
+    largest: float
+    mean: float
+    same_text: int
+    texts: int
+    answers: list[dict[str, Any]]
+
+    def said(self) -> str:
+        """In a sentence."""
+        text = f", {self.same_text} of {self.texts} continuations equal" if self.texts else ""
+        return f"{self.prompts} golden prompts: largest difference {self.largest:.2g}, mean {self.mean:.2g}{text}"
+
+
+def replay(
+    made: Format, folder: Path, golden: Mapping[str, Any], settings: Settings, *, repeat: bool = False
+) -> tuple[Replay, Any, Task]:
+    """Ask the artefact the golden prompts; returns what came of it, the loaded artefact and its task.
+
+    With `repeat` the artefact must also be as it was when it was made: its files, and its own answers. Raises CheckpointError
+    that shows the first prompt with another answer.
+    """
+    problems = Problems(f"{folder} does not answer as it should")
+    if repeat:
+        _check_files(folder, golden, problems)
+    try:
+        task = task_from_settings(golden["task"], made.tokenizer(folder))
+        model = made.load(folder, task)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        problems.add(f"it cannot be read: {str(error).strip()[:500]}")
+        problems.raise_as(CheckpointError)
+        raise
+    _check_template(made, folder, golden, problems)
+    if golden["stop_tokens"]:
+        missing = [t for t, i in golden["stop_tokens"].items() if i not in made.stops(model)]
+        if missing:
+            problems.add(f"it does not stop at {', '.join(missing)}, where the run's model does")
+    problems.raise_as(CheckpointError)
+    rows = [task.kind.make(prompt["row"], prompt["line"]) for prompt in golden["prompts"]]
+    rows = [dataclasses.replace(e, row=p["row"]) for e, p in zip(rows, golden["prompts"], strict=True)]
+    answers = _answers(model, task, rows, golden["length"], golden["limit"])
+    largest, differences, same = 0.0, list[float](), 0
+    rounding = made.tolerance(folder, settings)
+    repeated = _REPEATED_ROUNDED if made.lossy else max(_REPEATED, rounding)
+    for prompt, answer in zip(golden["prompts"], answers, strict=True):
+        different = _differences(prompt["run"]["outputs"], answer["outputs"])
+        largest, differences = max(largest, *different), [*differences, sum(different) / len(different)]
+        same += answer.get("continuation") == prompt["run"].get("continuation")
+        problem = _problem(prompt["run"], answer, math.inf if made.lossy else rounding, exact=not made.lossy)
+        if problem is None and repeat:
+            problem = _problem(prompt["artefact"], answer, repeated, exact=not made.lossy)
+        if problem is not None:
+            problems.add(_shown(prompt, problem))
+            break
+    mean = sum(differences) / len(differences)
+    if not problems.found and made.lossy and not mean <= rounding:
+        problems.add(f"its probabilities are {mean:.2g} from those of the run in the mean, where {rounding:.2g} is allowed")
+    problems.raise_as(CheckpointError)
+    texts = sum(prompt["run"].get("continuation") is not None for prompt in golden["prompts"])
+    same = same if texts else 0
+    return Replay(len(answers), largest, mean, same, texts, answers), model, task
+
+
+def _check_files(folder: Path, golden: Mapping[str, Any], problems: Problems) -> None:
+    here, then = _checksums(folder), golden["files"]
+    for name in sorted(then):
+        if name not in here:
+            problems.add(f"{name} is missing")
+        elif here[name] != then[name]:
+            problems.add(f"{name} is not the file that was written")
+    for name in sorted(set(here) - set(then)):
+        problems.add(f"{name} was not written by the export")
+
+
+def _check_template(made: Format, folder: Path, golden: Mapping[str, Any], problems: Problems) -> None:
+    """A task puts its own template into the tokenizer: what is inside the artefact is read apart."""
+    inside = made.tokenizer(folder).chat_template
+    if inside != golden["chat_template"]:
+        found = "none" if inside is None else f"{inside[:80]!r}"
+        problems.add(f"the chat template inside it is {found}, where the run's is {str(golden['chat_template'])[:80]!r}")
+
+
+def _differences(one: Any, other: Any) -> list[float]:
+    """Of numbers in lists of like shape; infinite where the shapes differ."""
+    if isinstance(one, list) and isinstance(other, list):
+        if len(one) != len(other):
+            return [math.inf]
+        return [d for a, b in zip(one, other, strict=True) for d in _differences(a, b)] or [0.0]
+    difference = abs(float(one) - float(other))
+    return [difference if difference == difference else math.inf]
+
+
+def _problem(then: Mapping[str, Any], now: Mapping[str, Any], tolerance: float, *, exact: bool) -> str | None:
+    """What of an answer is another, in words; None where nothing is."""
+    if then["tokens"] != now["tokens"]:
+        return f"it became the tokens {str(now['tokens'])[:120]}, where the run made {str(then['tokens'])[:120]}"
+    if (difference := max(_differences(then["outputs"], now["outputs"]))) > tolerance:
+        return f"probabilities differ by up to {difference:.2g} (allowed: {tolerance:.2g})"
+    if exact and then.get("continuation") != now.get("continuation"):
+        return f"it goes on with {now.get('continuation')!r}, where the run goes on with {then.get('continuation')!r}"
+    if exact and (difference := _apart(then["answer"], now["answer"], 10 * tolerance)):
+        return f"the answer differs: {difference}"
+    return None
+
+
+def _apart(then: Any, now: Any, tolerance: float) -> str | None:
+    """Where two answers differ; numbers may by `tolerance`, of their size where they are larger than 1."""
+    if isinstance(then, Mapping) and isinstance(now, Mapping) and set(then) == set(now):
+        return next((found for key in then if (found := _apart(then[key], now[key], tolerance))), None)
+    if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        return next((found for a, b in zip(then, now, strict=True) if (found := _apart(a, b, tolerance))), None)
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (then, now))
+    if numbers and abs(then - now) <= tolerance * max(1.0, abs(then)):
+        return None
+    return None if then == now else f"{str(now)[:80]} for {str(then)[:80]}"
+
+
+def _shown(prompt: Mapping[str, Any], problem: str) -> str:
+    texts = "; ".join(f"{role}: {str(text)[:200]!r}" for role, text in prompt["row"].items() if text)
+    return f"golden prompt ({prompt['why']}) {texts}\n    {problem}"

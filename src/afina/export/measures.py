@@ -1,0 +1,77 @@
+"""What an artefact with rounded weights costs: size, speed, and the task's own figures on the validation rows."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from afina.data.example import Example
+from afina.export.golden import ask_rows
+from afina.tasks.task import Feature, Figure, Task
+
+__all__ = ["Speed", "alternated", "drop", "figures_of", "percent"]
+
+_BATCH = 16  # rows read at once where speed is measured
+_BATCHES, _ROUNDS = 4, 7
+
+
+def figures_of(
+    model: Any, task: Task, examples: Sequence[Example], features: Sequence[Feature]
+) -> dict[str, Any]:
+    """The figures of the task that are shown, of labelled rows."""
+    made = task.metrics(ask_rows(model, task, examples, features), examples)
+    return {key: made[key] for key in task.figures if made.get(key) is not None}
+
+
+def drop(figure: Figure, before: float, after: float) -> float:
+    """How much worse a figure has become: in points where more is better (0.01 is one point of accuracy), else as a share
+    of what it was. Negative where it has become better."""
+    if figure.better > 0:
+        return before - after
+    return (after - before) / max(abs(before), 1e-9)
+
+
+def percent(text: str) -> float:
+    """`0.5%` or `0.005`; raises ValueError."""
+    number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    if not 0 <= number <= 1:
+        raise ValueError(text)
+    return number
+
+
+@dataclass
+class Speed:
+    """Rows a second, medians of alternating rounds, of the run's model in float32 and of the artefact."""
+
+    before: float
+    after: float
+    threads: int
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast the artefact is."""
+        return self.after / self.before
+
+
+@torch.no_grad()
+def alternated(before: Any, after: Any, task: Task, features: Sequence[Feature], rounds: int = _ROUNDS) -> Speed:
+    """Time two models in turn on the same batches, in an order that is reversed every round."""
+    step = max(1, len(features) // (_BATCH * _BATCHES))
+    some = [{**f, "row": 0} for f in features[::step][: _BATCH * _BATCHES]]
+    batches = [task.collate(some[i : i + _BATCH]) for i in range(0, len(some), _BATCH)]
+    spent: Mapping[str, list[float]] = {"before": [], "after": []}
+    models = [("before", before), ("after", after)]
+    for number in range(-1, rounds):  # the first round warms up
+        for name, model in models if number % 2 else reversed(models):
+            start = time.perf_counter()
+            for batch in batches:
+                task.outputs(model, batch)
+            if number >= 0:
+                spent[name].append(time.perf_counter() - start)
+    seconds = {name: statistics.median(times) for name, times in spent.items()}
+    return Speed(len(some) / seconds["before"], len(some) / seconds["after"], torch.get_num_threads())
