@@ -25,7 +25,7 @@ def can_fuse(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
         x.dtype == weight.dtype
         and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
+        and not torch.is_autocast_enabled("cpu" if x.is_cpu or x.is_meta else x.device.type)
         and not torch._C._are_functorch_transforms_active()
     )
 

@@ -12,7 +12,6 @@ is never cut off but into pieces: each begins with the last token of the piece b
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,11 +23,12 @@ from afina.errors import ConfigError, DataError
 from afina.tasks.batches import pad_right, padded
 from afina.tasks.conversations import CONVERSATIONS, question_of
 from afina.tasks.generation import left_padded
+from afina.tasks.head_loss import Aim, supervised
 from afina.tasks.loading import load_base
 from afina.tasks.prompts import TEMPLATES, Prompts, begin_token
 from afina.tasks.task import IGNORED, Batch, Encoded, Feature, Figure
 from afina.tasks.text_metrics import check_libraries, overlap_figures
-from afina.tasks.writing import Targets, WritingTask
+from afina.tasks.writing import WritingTask
 
 __all__ = ["CausalLM"]
 
@@ -69,7 +69,6 @@ class CausalLM(WritingTask):
     def __init__(self, tokenizer: Any, options: Any = None, learned: Mapping[str, Any] | None = None):
         super().__init__(tokenizer, options, learned)
         self.begin = begin_token(tokenizer)
-        self.sliced = False  # whether the model can be asked for logits at some places alone
         self.prompts: Prompts | None = None
         if self.learned.get("form") != "text":
             self.prompts = self._prompts()
@@ -111,7 +110,6 @@ class CausalLM(WritingTask):
                 f"model {path}: {type(model).__name__} sees the tokens that follow, so it would foretell what it reads; "
                 "take a model that was trained to continue text"
             )
-        self.sliced = "logits_to_keep" in inspect.signature(model.forward).parameters
         return model
 
     def ends(self, model: Any) -> list[int]:
@@ -263,17 +261,15 @@ class CausalLM(WritingTask):
 
     # --- targets and questions
 
-    def targets(self, model: Any, batch: Batch) -> Targets:
+    def aim(self, batch: Mapping[str, torch.Tensor]) -> Aim:
         """The token at a place is foretold at the place before it."""
-        ids, labels = batch["input_ids"], batch["labels"]
-        rows, places = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-        inputs = {"input_ids": ids, "attention_mask": batch["attention_mask"]}
-        kept, where = places.unique(return_inverse=True)
-        if self.sliced:  # counted from the end, so that virtual tokens in front change nothing
-            logits = model(**inputs, logits_to_keep=kept - ids.shape[1]).logits
-        else:
-            logits = model(**inputs).logits[:, -ids.shape[1] :][:, kept]
-        return Targets(logits[rows, where], labels[rows, places + 1], rows)
+        labels = batch["labels"]
+        rows, places = supervised(labels[:, 1:])
+        return Aim(rows, places, labels[rows, places + 1], labels.shape[1])
+
+    def inputs(self, batch: Mapping[str, torch.Tensor]) -> Batch:
+        """Ids and mask."""
+        return {key: batch[key] for key in ("input_ids", "attention_mask")}
 
     def questions(self, model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         """The tokens before each answer that is asked for, padded on the left (T23)."""

@@ -17,10 +17,11 @@ from afina.core.config import option
 from afina.data.example import Column, Example, Kind
 from afina.errors import ConfigError, DataError
 from afina.tasks.batches import pad_right, padded
+from afina.tasks.head_loss import Aim, supervised
 from afina.tasks.loading import load_base
 from afina.tasks.task import IGNORED, NO_LIMIT, Batch, Encoded, Feature, Figure, Rows
 from afina.tasks.text_metrics import check_libraries, first_sentence, most_similar, overlap_figures, translation_figures
-from afina.tasks.writing import Targets, WritingTask, Written
+from afina.tasks.writing import WritingTask, Written
 
 __all__ = ["Seq2Seq"]
 
@@ -154,13 +155,15 @@ class Seq2Seq(WritingTask):
 
     # --- targets and questions
 
-    def targets(self, model: Any, batch: Batch) -> Targets:
+    def aim(self, batch: Mapping[str, torch.Tensor]) -> Aim:
         """The decoder at each place foretells the label of that place."""
         labels = batch["labels"]
-        rows, places = (labels != IGNORED).nonzero(as_tuple=True)
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "decoder_input_ids")}
-        logits = model(**inputs).logits[:, -labels.shape[1] :]
-        return Targets(logits[rows, places], labels[rows, places], rows)
+        rows, places = supervised(labels)
+        return Aim(rows, places, labels[rows, places], labels.shape[1])
+
+    def inputs(self, batch: Mapping[str, torch.Tensor]) -> Batch:
+        """Ids and mask of the sources, and what the decoder reads."""
+        return {key: batch[key] for key in ("input_ids", "attention_mask", "decoder_input_ids")}
 
     def questions(self, model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         """The sources of the rows that are asked for a text."""

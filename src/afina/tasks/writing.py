@@ -1,7 +1,7 @@
 """What tasks whose answer is text have in common: the loss per target token, its streaming figures, and written answers.
 
-Logits of a vocabulary are the largest tensors of such a task. They are asked for where a target is foretold and nowhere
-else, and nothing of them but three numbers a row outlives its batch (T32).
+Logits of a vocabulary are the largest tensors of such a task. They are made where a target is foretold and nowhere else,
+chunk by chunk inside the output head (`head_loss`), and nothing of them but three numbers a row outlives its chunk (T32).
 """
 
 from __future__ import annotations
@@ -14,26 +14,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from afina.data.clean import normalised
 from afina.data.example import Example
 from afina.errors import ConfigError
 from afina.tasks.generation import generated
+from afina.tasks.head_loss import Aim, loss_sum, losses_and_hits, why_whole
 from afina.tasks.task import IGNORED, Batch, Rows, Task
 
-__all__ = ["Foretold", "Targets", "WritingTask", "Written", "perplexity"]
-
-_CHUNK = 512  # targets whose probabilities are computed at once where no gradient is asked for
-
-
-@dataclass
-class Targets:
-    """Logits `[targets, vocabulary]`, the token that is right, and the row of the batch, each `[targets]`."""
-
-    logits: torch.Tensor
-    tokens: torch.Tensor
-    rows: torch.Tensor
+__all__ = ["Foretold", "WritingTask", "Written", "perplexity"]
 
 
 @dataclass
@@ -69,8 +58,12 @@ class WritingTask(Task):
             self.figures = {key: f for key, f in self.figures.items() if not f.final}  # type: ignore[misc]
 
     @abstractmethod
-    def targets(self, model: Any, batch: Batch) -> Targets:
-        """What the model foretells of the targets of a batch."""
+    def aim(self, batch: Mapping[str, torch.Tensor]) -> Aim:
+        """Where the targets of a batch are foretold."""
+
+    @abstractmethod
+    def inputs(self, batch: Mapping[str, torch.Tensor]) -> Batch:
+        """What the model is called with to foretell them."""
 
     @abstractmethod
     def questions(self, model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
@@ -88,12 +81,18 @@ class WritingTask(Task):
 
     def loss_sum(self, model: Any, batch: Batch) -> torch.Tensor:
         """Cross-entropy of the targets, summed."""
-        found = self.targets(model, batch)
-        return F.cross_entropy(found.logits.float(), found.tokens, reduction="sum", label_smoothing=self.label_smoothing)
+        return loss_sum(model, self.inputs(batch), self.aim(batch), label_smoothing=self.label_smoothing)
 
     def targets_in(self, batch: Mapping[str, torch.Tensor]) -> float:
         """Its target tokens."""
         return float((batch["labels"] != IGNORED).sum())
+
+    def lean(self, model: Any) -> list[str]:
+        """How the loss of this model is computed (T35)."""
+        why = why_whole(model)
+        if why is None:
+            return []
+        return [f"{why}: its logits are made whole, for every place of a row, which takes more memory"]
 
     # --- answers
 
@@ -103,9 +102,9 @@ class WritingTask(Task):
         made = [Written() for _ in range(len(batch["input_ids"]))]
         if "labels" not in batch:
             return made
-        found = self.targets(model, batch)
-        losses, right = _losses(found)
-        for row, loss, hit in zip(found.rows.tolist(), losses.tolist(), right.tolist(), strict=True):
+        aim = self.aim(batch)
+        losses, right = losses_and_hits(model, self.inputs(batch), aim)
+        for row, loss, hit in zip(aim.rows.tolist(), losses.tolist(), right.tolist(), strict=True):
             one = made[row].foretold
             one.loss, one.tokens, one.right = one.loss + loss, one.tokens + 1, one.right + hit
         return made
@@ -201,20 +200,10 @@ class WritingTask(Task):
     @torch.no_grad()
     def outputs(self, model: Any, batch: Batch) -> torch.Tensor:
         """The probability of each target token, in order."""
-        return torch.exp(-_losses(self.targets(model, batch))[0])
+        return torch.exp(-losses_and_hits(model, self.inputs(batch), self.aim(batch))[0])
 
 
 def perplexity(loss: float) -> float:
     """What the loss per token amounts to: choosing among so many equally likely tokens."""
     return math.exp(min(loss, 700.0))
 
-
-
-
-def _losses(found: Targets) -> tuple[torch.Tensor, torch.Tensor]:
-    """Negative log likelihood `[targets]`, float64, and whether the target was likeliest; logits are read chunk by chunk."""
-    losses, right = [], []
-    for logits, tokens in zip(found.logits.split(_CHUNK), found.tokens.split(_CHUNK), strict=True):
-        losses.append(F.cross_entropy(logits.double(), tokens, reduction="none"))
-        right.append(logits.argmax(dim=-1) == tokens)
-    return torch.cat(losses), torch.cat(right)
