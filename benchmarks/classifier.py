@@ -78,14 +78,14 @@ def labelled(run: Any, side: str) -> tuple[list[list[int]], list[int]]:
 
 
 def measured(run: Any, model: Any, fit: Callable[[Any, Path], Any], side: str = "test") -> dict[str, Any]:
-    """Train with `fit(accelerator, folder)` and read one side; a row of results."""
-    from afina.training.loop import make_accelerator, predict
+    """Train with `fit(engine, folder)` and read one side; a row of results."""
+    from afina.training.loop import make_engine, predict
 
-    accelerator = make_accelerator(run.precision)
+    engine = make_engine(run.precision)
     with tempfile.TemporaryDirectory() as folder, Clock() as clock:
-        fitted = fit(accelerator, Path(folder))
+        fitted = fit(engine, Path(folder))
     rows = run.rows[side]
-    answers = predict(model, run.task, rows, run.recipe.training.batch_size * 2, accelerator, exact=True)
+    answers = predict(model, run.task, rows, run.recipe.training.batch_size * 2, engine, exact=True)
     return figures(run.task.metrics(answers, rows.examples)) | {
         "steps": fitted.steps, "best_epoch": fitted.best_epoch, "cpu_s": round(clock.cpu, 1), "wall_s": round(clock.wall, 1),
         "precision": run.precision,
@@ -108,9 +108,9 @@ def adapted(run: Any, side: str = "test") -> dict[str, Any]:
     """Train the adapter that was prepared; with the bytes of the file that keeps it."""
     from afina.training.loop import fit
 
-    def train(accelerator: Any, folder: Path) -> Any:
+    def train(engine: Any, folder: Path) -> Any:
         return fit(
-            run.model, run.task, run.rows["train"], run.rows["validation"], run.recipe.training, accelerator, folder
+            run.model, run.task, run.rows["train"], run.rows["validation"], run.recipe.training, engine, folder
         )
 
     row = measured(run, run.model, train, side)
@@ -132,8 +132,8 @@ def full(run: Any, learning_rate: float, side: str = "test") -> dict[str, Any]:
         model = run.task.load_model(run.source.path).requires_grad_(True)
     options = dataclasses.replace(run.recipe.training, learning_rate=learning_rate)
 
-    def train(accelerator: Any, folder: Path) -> Any:
-        return fit(model, run.task, run.rows["train"], run.rows["validation"], options, accelerator, folder)
+    def train(engine: Any, folder: Path) -> Any:
+        return fit(model, run.task, run.rows["train"], run.rows["validation"], options, engine, folder)
 
     row = measured(run, model, train, side)
     with tempfile.TemporaryDirectory() as folder:

@@ -10,6 +10,7 @@
     ├── MergeError                an adapter cannot be merged, or was merged already    (also a ValueError)
     ├── DataError                 the user's file cannot be used as asked               (also a ValueError)
     ├── TrainingError             a run would teach the model nothing, or has gone wrong (also a RuntimeError)
+    │   ├── LostProcessError      another process of the run has ended, which says why itself
     │   └── StoppedError          a run was asked to stop and has written a checkpoint
     └── MissingDependencyError    an optional library is not installed                  (also an ImportError)
 
@@ -30,6 +31,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "LostProcessError",
     "MergeError",
     "MissingDependencyError",
     "Problems",
@@ -79,6 +81,14 @@ class DataError(AfinaError, ValueError):
 
 class TrainingError(AfinaError, RuntimeError):
     """A run would teach the model nothing, or has gone wrong."""
+
+
+class LostProcessError(TrainingError):
+    """Another process of the run has ended; `told`: it has said why, so that nothing is left to say here."""
+
+    def __init__(self, message: str, *, told: bool = False):
+        super().__init__(message)
+        self.told = told
 
 
 class StoppedError(TrainingError):

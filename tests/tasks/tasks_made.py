@@ -11,7 +11,7 @@ from tiny_bases import TELLING, WORDS
 from afina import LoraConfig, get_peft_model
 from afina.tasks.catalogue import find_task, task_from_settings
 from afina.tasks.task import Rows
-from afina.training.loop import fit, make_accelerator, predict
+from afina.training.loop import fit, make_engine, predict
 from afina.training.models import ModelSource, load_tokenizer
 from afina.training.recipe import TrainingOptions
 
@@ -53,13 +53,13 @@ def made(name, base, rows, *, r=5, method=None, **options):
 def trained(task, model, rows, folder, tell=lambda line: None, **options):
     """Train on the rows and validate on the same."""
     options = {"epochs": 20, "batch_size": 8, "learning_rate": 1e-2, "precision": "fp32", "weight_decay": 0.0, **options}
-    accelerator = make_accelerator("fp32")
-    return fit(model, task, rows, rows, TrainingOptions(**options), accelerator, folder, tell=tell)
+    engine = make_engine("fp32")
+    return fit(model, task, rows, rows, TrainingOptions(**options), engine, folder, tell=tell)
 
 
 def answered(task, model, rows):
     """One answer a row."""
-    return predict(model, task, rows, 7, make_accelerator("fp32"), exact=True)
+    return predict(model, task, rows, 7, make_engine("fp32"), exact=True)
 
 
 @torch.no_grad()

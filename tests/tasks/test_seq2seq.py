@@ -17,7 +17,7 @@ from afina.tasks import text_metrics
 from afina.tasks.task import IGNORED, Rows
 from afina.tasks.text_metrics import first_sentence, most_similar, overlap_figures, translation_figures
 from afina.tasks.writing import Written
-from afina.training.loop import make_accelerator, predict
+from afina.training.loop import make_engine, predict
 from afina.training.recipe import DataOptions, Recipe, TrainingOptions
 from afina.training.run import prepare
 from afina.training.trained import TrainedRun
@@ -126,7 +126,7 @@ def test_t25_parts_of_a_step_change_neither_loss_nor_gradient(base, tmp_path):
 @torch.no_grad()
 def test_figures_are_those_of_all_targets_together(base):
     task, model, rows = made("seq2seq", base, PAIRS)
-    answers = predict(model, task, rows, 2, make_accelerator("fp32"), exact=True)
+    answers = predict(model, task, rows, 2, make_engine("fp32"), exact=True)
     figures = task.metrics(answers, rows.examples)
     loss, count = losses(task, model.eval(), rows.features)
     assert figures["tokens"] == count

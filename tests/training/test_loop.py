@@ -12,7 +12,7 @@ from tiny_bases import save_bert, write_rows
 
 from afina.errors import AfinaError, CheckpointError, ConfigError, TrainingError
 from afina.training import checkpoints
-from afina.training.loop import fit, make_accelerator
+from afina.training.loop import fit, make_engine
 from afina.training.precision import choose_precision
 from afina.training.recipe import DataOptions, Recipe, TrainingOptions
 from afina.training.run import prepare
@@ -36,9 +36,9 @@ def prepared(places, output, method=None, **options):
 
 
 def fitted(run, tell=lambda line: None, **resumed):
-    accelerator = make_accelerator("fp32")
+    engine = make_engine("fp32")
     result = fit(
-        run.model, run.task, run.rows["train"], run.rows["validation"], run.recipe.training, accelerator, run.output,
+        run.model, run.task, run.rows["train"], run.rows["validation"], run.recipe.training, engine, run.output,
         tell=tell, **resumed,
     )  # fmt: skip
     return result, {n: p.detach().clone() for n, p in run.model.named_parameters() if p.requires_grad}
@@ -174,4 +174,4 @@ def test_t44_processes_that_do_not_see_each_other(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     with pytest.raises((AfinaError, ValueError), match=r"train alone|environment variable"):
-        make_accelerator("fp32")
+        make_engine("fp32")

@@ -10,7 +10,7 @@ import yaml
 from test_loop import fitted, places, prepared  # noqa: F401 (a fixture)
 
 from afina.errors import ConfigError, TrainingError
-from afina.training.loop import make_accelerator
+from afina.training.loop import make_engine
 from afina.training.parts import largest_size, settle_parts
 
 CPU, MB = torch.device("cpu"), 2**20
@@ -51,7 +51,7 @@ def test_measuring_leaves_nothing_behind(places, tmp_path):  # noqa: F811
     run = prepared(places, tmp_path, batch_size="auto")
     before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
     state = torch.get_rng_state()
-    told = settle_parts(run.model, run.task, run.rows, run.recipe, make_accelerator("fp32"))
+    told = settle_parts(run.model, run.task, run.rows, run.recipe, make_engine("fp32"))
     assert torch.equal(state, torch.get_rng_state())
     for name, parameter in run.model.named_parameters():
         assert parameter.grad is None
@@ -68,7 +68,7 @@ def test_a_limit_makes_more_parts_and_the_same_run(places, tmp_path, monkeypatch
     _, expected = fitted(prepared(places, tmp_path / "plain", batch_size=16, epochs=1))
     run = prepared(places, tmp_path / "auto", batch_size="auto", epochs=1)
     monkeypatch.setattr(parts, "largest_size", lambda work, most, device, budget: (min(most, 3), 0))
-    settle_parts(run.model, run.task, run.rows, run.recipe, make_accelerator("fp32"))
+    settle_parts(run.model, run.task, run.rows, run.recipe, make_engine("fp32"))
     assert (run.recipe.training.gradient_accumulation, run.recipe.training.evaluation_batch_size) == (6, 3)
     _, found = fitted(run)
     for name, weight in expected.items():
@@ -79,7 +79,7 @@ def test_a_limit_that_holds_no_row_says_what_would_make_it_less(places, tmp_path
     run = prepared(places, tmp_path, batch_size="auto")
     run.recipe.memory.limit = "90MB"  # less than Python itself takes
     with pytest.raises(TrainingError, match=r"one row alone takes .* checkpointing"):
-        settle_parts(run.model, run.task, run.rows, run.recipe, make_accelerator("fp32"))
+        settle_parts(run.model, run.task, run.rows, run.recipe, make_engine("fp32"))
 
 
 def test_a_run_with_auto_writes_what_it_found_into_its_recipe(places, tmp_path):  # noqa: F811

@@ -10,7 +10,7 @@ import typer
 from afina import __version__
 from afina.cli import check, compare, evaluate, methods, predict, prepare, report, targets, tasks, train
 from afina.cli.show import fail
-from afina.errors import AfinaError
+from afina.errors import AfinaError, LostProcessError
 
 __all__ = ["app", "main"]
 
@@ -57,6 +57,8 @@ def main() -> None:
     except AfinaError as error:
         if debug:
             raise
+        if isinstance(error, LostProcessError) and error.told:
+            sys.exit(1)
         fail(str(error))
     except KeyboardInterrupt:
         fail("stopped")

@@ -20,7 +20,9 @@ _SIZES = ("hidden_size", "d_model", "n_embd", "num_hidden_layers", "num_layers",
 
 
 def fingerprint(adapters: AdapterSet) -> dict[str, Any]:
-    """Class, sizes and sampled weights of the bare model."""
+    """Class, sizes and sampled weights of the bare model; as they were found before, where the weights are in shards now."""
+    if adapters.base is not None:
+        return adapters.base
     model = adapters.model
     config, text = _configs(model)
     tensors = _comparable(adapters)

@@ -46,6 +46,7 @@ class AdapterSet:
         self.layers: dict[str, AdaptedLayer] = {}  # "path" or "path#parameter", in the names of the bare model
         self.injected: dict[str, Injected] = {}
         self.prompts = nn.ModuleDict()  # by adapter name; hung into the tree by PeftModel
+        self.base: dict[str, Any] | None = None  # fingerprint of the base, taken before its weights went into shards
         self.undo: list[Callable[[], None]] = []  # what else to take back when the adapters are taken out
         self._map: ModuleMap | None = None
         model.__dict__[ATTRIBUTE] = self

@@ -11,34 +11,35 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
 
 from afina.core.adapter import SavedModule
 from afina.core.files import write_atomically
 from afina.errors import StoppedError, TrainingError
 from afina.memory.measure import is_out_of_memory, release
-from afina.tasks.task import Rows, Task
+from afina.tasks.task import Batch, Rows, Task
 from afina.training import checkpoints
 from afina.training.batching import parts, shuffled_batches, sorted_batches
+from afina.training.engines.choose import make_engine
+from afina.training.engines.engine import Engine
 from afina.training.optimizers import make_optimizer, schedule_factor
 from afina.training.recipe import TrainingOptions
 
-__all__ = ["Fitted", "fit", "make_accelerator", "predict"]
+__all__ = ["Fitted", "fit", "make_engine", "predict"]
 
 _PATIENCE = 3  # steps after which some adapter weight must have changed
+
+
+make_accelerator = make_engine
 
 
 @dataclass
@@ -53,20 +54,7 @@ class Fitted:
     validation: dict[str, Any] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     notes: list[str] = field(default_factory=list)  # what happened on the way, as sentences for a person
-
-
-def make_accelerator(precision: str) -> Accelerator:
-    """The devices and processes there are; raises TrainingError where processes were started and are not seen (T44)."""
-    AcceleratorState._reset_state()  # precision is kept per process otherwise, and a second run could not have another
-    alone = not torch.accelerator.is_available()  # else accelerate overlooks the processes that torchrun started
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=alone)
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != started:
-        raise TrainingError(
-            f"{started} processes were started, but each would train alone (accelerate sees {accelerator.num_processes}); "
-            "start with torchrun, and without a DeepSpeed or FSDP configuration for the CPU"
-        )
-    return accelerator
+    built: dict[str, Any] = field(default_factory=dict)  # engine, processes, bytes of the weights in all and in this one
 
 
 def fit(
@@ -75,7 +63,7 @@ def fit(
     train: Rows,
     validation: Rows,
     options: TrainingOptions,
-    accelerator: Accelerator,
+    engine: Engine,
     folder: Path,
     *,
     tell: Callable[[dict[str, Any]], None] = lambda line: None,
@@ -93,7 +81,6 @@ def fit(
     task.label_smoothing = options.label_smoothing
     best_by = options.best or next(iter(task.figures))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer: Any = make_optimizer(options.optimizer, trained, options.learning_rate, options.weight_decay)
     steps_per_epoch = math.ceil(len(train.features) / options.rows)
     total_steps = steps_per_epoch * options.epochs
     between = max(1.0, options.evaluate_every * (steps_per_epoch if options.evaluate_unit == "epochs" else 1))
@@ -109,9 +96,8 @@ def fit(
     if last is not None:
         state, saved, best = checkpoints.load(last, trained)
         _stop_unless_same(state["same"], same, last)
-        optimizer.load_state_dict(saved["optimizer"])
-        accelerator.wait_for_everyone()  # all have read before one removes
-        if accelerator.is_main_process:
+        engine.wait()  # all have read before one removes
+        if engine.main:
             checkpoints.forget_after(places, state["step"])
         best_score, waited, (since_loss, since_targets) = tuple(state["best_score"]), state["waited"], state["since"]
         result = Fitted(**state["fitted"])
@@ -119,34 +105,30 @@ def fit(
     pieces = options.gradient_accumulation
     assert isinstance(pieces, int)  # `fewest_parts` has measured it
     watched = _adapter_parameters(model)
-    before = {name: p.detach().clone() for name, p in watched.items()}
-    if accelerator.num_processes > 1:  # processes would wait for ever for gradients that do not come
-        idle = bool(_without_gradient(model, task, train, accelerator))
-        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=idle)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    idle = engine.processes > 1 and not engine.sharded and bool(_without_gradient(model, task, train, engine))
+
+    def optimizers(named: Mapping[str, torch.Tensor]) -> torch.optim.Optimizer:
+        return make_optimizer(options.optimizer, named, float(options.learning_rate or 0), options.weight_decay)
+
+    engine.prepare(model, optimizers, idle=idle)
+    result.built = engine.built()
+    before = engine.weights()
     if last is not None:
-        if accelerator.scaler is not None and "scaler" in saved:
-            accelerator.scaler.load_state_dict(saved["scaler"])
-        if accelerator.process_index < len(saved["chance"]):
-            checkpoints.set_random_states(saved["chance"][accelerator.process_index])
+        engine.load_optimizer_state(saved["optimizer"])
+        if engine.process < len(saved["chance"]):
+            checkpoints.set_random_states(saved["chance"][engine.process])
 
     def checkpoint() -> None:
-        chance = [checkpoints.random_states()]
-        if accelerator.num_processes > 1:
-            chance = gather_object(chance)
-        if accelerator.is_main_process:
+        chance, live, moments = engine.gather(checkpoints.random_states()), engine.weights(), engine.optimizer_state()
+        if engine.main:
             result.seconds = time.perf_counter() - started
             state = {"best_score": best_score, "waited": waited, "since": [since_loss, since_targets], "same": same,
                      "fitted": vars(result)}  # fmt: skip
-            tensors = {"optimizer": optimizer.state_dict(), "chance": chance}
-            if accelerator.scaler is not None:
-                tensors["scaler"] = accelerator.scaler.state_dict()
-            live = {name: p.detach() for name, p in trained.items()}
-            checkpoints.save(places, result.steps, live, best, state, tensors,
+            checkpoints.save(places, result.steps, live, best, state, {"optimizer": moments, "chance": chance},
                              keep=options.keep_checkpoints, best_step=result.best_step)  # fmt: skip
-        accelerator.wait_for_everyone()
+        engine.wait()
 
-    with Log(folder / "log.jsonl", accelerator.is_main_process, tell, keep=result.steps if resume else None) as log, \
+    with Log(folder / "log.jsonl", engine.main, tell, keep=result.steps if resume else None) as log, \
             Signals() as signals:  # fmt: skip
         if last is None:
             checkpoint()  # so that a run that is killed early can go on as well
@@ -159,37 +141,35 @@ def fit(
             chance = checkpoints.random_states()
             while True:
                 try:
-                    loss, targets, tokens = _gradients(task, wrapped, train, batches[position], pieces, accelerator)
+                    loss, targets, tokens = _gradients(task, train, batches[position], pieces, engine)
                     break
                 except RuntimeError as error:
-                    if not is_out_of_memory(error) or accelerator.num_processes > 1 or pieces >= len(batches[position]):
+                    if not is_out_of_memory(error) or not engine.recovers or pieces >= len(batches[position]):
                         raise _too_little_memory(error, options) from error
-                optimizer.zero_grad(set_to_none=True)
-                release(accelerator.device)
+                engine.forget()
+                release(engine.device)
                 checkpoints.set_random_states(chance)
                 pieces = min(2 * pieces, len(batches[position]))
                 note = f"memory ran out in step {result.steps + 1}; from there on steps are computed in {pieces} parts"
                 result.notes.append(note)
             result.tokens += tokens
-            norm = accelerator.clip_grad_norm_(trained.values(), options.max_grad_norm)
             factor = schedule_factor(options.schedule, total_steps, options.warmup, result.steps)
             rate = options.learning_rate * factor
-            for group in optimizer.param_groups:
+            for group in engine.groups:
                 group["lr"] = rate
             _stop_unless_finite(float(loss), result.steps + 1, epoch + 1, rate, options)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            norm = engine.step(options.max_grad_norm)
             result.steps += 1
             since_loss, since_targets = since_loss + float(loss) * targets, since_targets + targets
-            log(epoch=epoch + 1, step=result.steps, of=total_steps, loss=float(loss), gradient_norm=float(norm),
+            log(epoch=epoch + 1, step=result.steps, of=total_steps, loss=float(loss), gradient_norm=norm,
                 learning_rate=rate, targets=targets, tokens=result.tokens)  # fmt: skip
             if result.steps == min(_PATIENCE, total_steps):
-                _stop_unless_moved(watched, before)
+                _stop_unless_moved(watched, before, engine.weights())
 
             now = result.steps
             evaluated = now == total_steps or math.floor(now / between + 1e-9) > math.floor((now - 1) / between + 1e-9)
             if evaluated:
-                answers = predict(model, task, validation, options.read_at_once, accelerator)
+                answers = predict(model, task, validation, options.read_at_once, engine)
                 figures = task.metrics(answers, validation.examples)
                 reading = -math.inf if figures[best_by] is None else task.figures[best_by].better * figures[best_by]
                 score = (reading, -figures["loss"])
@@ -197,13 +177,13 @@ def fit(
                 waited = 0 if improved else waited + 1
                 if improved:
                     best_score, result.best_epoch, result.best_step, result.validation = score, reached, now, figures
-                    best = {name: p.detach().cpu().clone() for name, p in trained.items()}
+                    best = engine.weights()
                 chosen = {f"validation_{key}": figures[key] for key in ("loss", *task.figures) if key in figures}
                 last_one = now == total_steps or bool(options.patience and waited >= options.patience)
                 log(epoch=reached, step=now, train_loss=since_loss / since_targets, best=improved, last=last_one,
                     seconds=round(time.perf_counter() - started, 2), **chosen)  # fmt: skip
                 since_loss, since_targets = 0.0, 0.0
-            asked = int(accelerator.reduce(torch.tensor(float(signals.seen), device=accelerator.device), reduction="sum"))
+            asked = int(engine.total(float(signals.seen)))
             if evaluated or asked or (options.checkpoint_every and now % options.checkpoint_every == 0):
                 checkpoint()
             if asked:
@@ -211,11 +191,8 @@ def fit(
                 raise StoppedError(f"stopped after step {now} of {total_steps}; a checkpoint is written", code)
 
     result.seconds = time.perf_counter() - started
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(best[name])
-    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-    result.peak_memory_bytes = _peak_memory(accelerator.device)
+    engine.put(best)
+    result.peak_memory_bytes = _peak_memory(engine.device)
     return result
 
 
@@ -225,7 +202,7 @@ def predict(
     task: Task,
     rows: Rows,
     batch_size: int,
-    accelerator: Accelerator,
+    engine: Engine,
     *,
     exact: bool = False,
     final: bool = False,
@@ -239,18 +216,22 @@ def predict(
     model.eval()
     found: list[Any] = [None] * len(rows.features)
     ask = task.final_answers if final else task.answers
+
+    def asked(model: Any, batch: Any) -> list[Any]:
+        with task.storage.arithmetic(engine.device) if exact else engine.autocast():
+            return ask(model, batch)
+
     waiting = sorted_batches(rows.lengths, batch_size)
     while waiting:
         chosen = waiting.pop(0)
         try:
-            batch = {k: v.to(accelerator.device) for k, v in task.collate([rows.features[i] for i in chosen]).items()}
-            with task.storage.arithmetic(accelerator.device) if exact else accelerator.autocast():
-                made = ask(model, batch)
+            batch = {k: v.to(engine.device) for k, v in task.collate([rows.features[i] for i in chosen]).items()}
+            made = engine.read(model, asked, batch)
         except RuntimeError as error:
-            if not is_out_of_memory(error) or len(chosen) == 1:
+            if not is_out_of_memory(error) or len(chosen) == 1 or engine.sharded:
                 raise
             batch, half = {}, -(-len(chosen) // 2)
-            release(accelerator.device)
+            release(engine.device)
             waiting = [rows[i : i + half] for rows in (chosen, *waiting) for i in range(0, len(rows), half)]
             continue
         for i, answer in zip(chosen, made, strict=True):
@@ -340,24 +321,36 @@ def _stop_unless_same(then: Mapping[str, Any], now: Mapping[str, Any], checkpoin
 
 
 def _gradients(
-    task: Task, model: Any, data: Rows, rows: list[int], count: int, accelerator: Accelerator
+    task: Task, data: Rows, rows: list[int], count: int, engine: Engine
 ) -> tuple[torch.Tensor, float, int]:
     """Forward and backward of a step in `count` parts; its loss, targets over all processes, and tokens of this one."""
-    made = list(_parts_of_step(task, data, rows, count, accelerator))
-    targets = float(sum(task.targets_in(batch) for counts, batch in made if counts))
-    targets = float(accelerator.reduce(torch.tensor(targets, device=accelerator.device)))
-    loss, tokens = torch.zeros((), device=accelerator.device), 0
-    if task.parts_share and (len(made) > 1 or accelerator.num_processes > 1):
-        with accelerator.autocast():
-            bare = accelerator.unwrap_model(model)
-            task.share(bare, [b for counts, b in made if counts], _gather(accelerator), accelerator.process_index)
+    made = list(_parts_of_step(task, data, rows, count, engine))
+    targets = float(engine.total(float(sum(task.targets_in(batch) for counts, batch in made if counts))))
+    loss, tokens = torch.zeros((), device=engine.device), 0
+    if task.parts_share and (len(made) > 1 or engine.processes > 1):
+        _share(task, made, engine)
     for counts, batch in made:
-        with _together(accelerator, model, last=batch is made[-1][1]), accelerator.autocast():
-            part = task.loss_sum(model, batch) / targets * (1 if counts else 0)
-        accelerator.backward(part * accelerator.num_processes)  # processes average their gradients
+        part = engine.loss(task.loss_sum, batch, last=batch is made[-1][1]) / targets * (1 if counts else 0)
+        engine.backward(part)
         loss += part.detach()
         tokens += int(batch["attention_mask"].sum()) if counts else 0
-    return accelerator.reduce(loss), targets, tokens
+    return engine.total(loss), targets, tokens
+
+
+def _share(task: Task, made: list[tuple[bool, Batch]], engine: Engine) -> None:
+    """Let the parts of all processes know of each other; a part that does not count is run for the shards alone."""
+
+    def share(model: Any, parts: list[Batch]) -> None:
+        with engine.autocast():
+            task.share(model, parts, engine.gather, engine.process)
+
+    def alone(model: Any, part: Batch) -> None:
+        with engine.autocast():
+            task.share(model, [part], lambda value: [value], 0)
+
+    for part in [dict(batch) for counts, batch in made if not counts] if engine.sharded else []:
+        engine.read(engine.model, alone, part)
+    engine.read(engine.model, share, [batch for counts, batch in made if counts])
 
 
 def _too_little_memory(error: RuntimeError, options: TrainingOptions) -> Exception:
@@ -371,43 +364,31 @@ def _too_little_memory(error: RuntimeError, options: TrainingOptions) -> Excepti
     )
 
 
-def _parts_of_step(
-    task: Task, data: Rows, rows: list[int], count: int, accelerator: Accelerator
-) -> Iterator[tuple[bool, dict[str, torch.Tensor]]]:
+def _parts_of_step(task: Task, data: Rows, rows: list[int], count: int, engine: Engine) -> Iterator[tuple[bool, Batch]]:
     """Whether a part of the step counts, and its batch, for each part of this process.
 
-    A process without rows of its own goes through the motions with a row that does not count, since all must meet in
-    backward.
+    All processes make the same number of parts, since all must meet in each: where one has no rows of its own left, it goes
+    through the motions with a row that does not count.
     """
-    own = parts(rows, accelerator.num_processes)[accelerator.process_index]
-    made = [part for part in parts(own, count) if part] or [[]]
-    for part in made:
+    own = parts(rows, engine.processes)[engine.process]
+    most = min(count, -(-len(rows) // engine.processes))
+    for part in parts(own, most):
         batch = task.collate([data.features[i] for i in part or rows[:1]])
-        yield bool(part), {k: v.to(accelerator.device) for k, v in batch.items()}
+        yield bool(part), {k: v.to(engine.device) for k, v in batch.items()}
 
 
-def _without_gradient(model: Any, task: Task, rows: Rows, accelerator: Accelerator) -> list[str]:
+def _without_gradient(model: Any, task: Task, rows: Rows, engine: Engine) -> list[str]:
     """Trained weights that the loss does not depend on, by a trial that leaves nothing behind."""
     before = checkpoints.random_states()
     model.train()
-    batch = {k: v.to(accelerator.device) for k, v in task.collate(rows.features[:2]).items()}
-    with accelerator.autocast():
+    batch = {k: v.to(engine.device) for k, v in task.collate(rows.features[:2]).items()}
+    with engine.autocast():
         loss = task.loss_sum(model, batch)
     loss.backward()  # type: ignore[no-untyped-call]
     idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     model.zero_grad(set_to_none=True)
     checkpoints.set_random_states(before)
     return idle
-
-
-def _gather(accelerator: Accelerator) -> Callable[[Any], list[Any]]:
-    """A value of every process, in their order."""
-    return lambda value: gather_object([value]) if accelerator.num_processes > 1 else [value]
-
-
-def _together(accelerator: Accelerator, model: Any, *, last: bool) -> Any:
-    """Gradients are exchanged with the last part of a step alone."""
-    return nullcontext() if last else accelerator.no_sync(model)
 
 
 def _adapter_parameters(model: Any) -> dict[str, torch.Tensor]:
@@ -417,8 +398,10 @@ def _adapter_parameters(model: Any) -> dict[str, torch.Tensor]:
     return {name: p for name, p in trained.items() if id(p) not in whole} or trained
 
 
-def _stop_unless_moved(watched: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor]) -> None:
-    if all(torch.equal(p.detach(), before[name]) for name, p in watched.items()):
+def _stop_unless_moved(
+    watched: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
+) -> None:
+    if all(torch.equal(after[name], before[name]) for name in watched):
         raise TrainingError(
             f"none of the {len(watched)} adapter weights has changed in the first {_PATIENCE} steps, so the run would teach "
             f"the model nothing (for example {next(iter(watched), 'there are none')}). Is the adapter active, and does the "

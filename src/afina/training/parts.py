@@ -12,14 +12,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from afina.errors import TrainingError
 from afina.memory.measure import Peak, available, is_out_of_memory, measured, release
 from afina.memory.sizes import parse_size, shown_size
 from afina.tasks.task import Rows, Task
 from afina.training import checkpoints
+from afina.training.engines.engine import Engine
 from afina.training.recipe import Recipe
 
 __all__ = ["largest_size", "settle_parts"]
@@ -28,13 +27,13 @@ _HEADROOM = 0.1  # of the memory, left free: rows differ, and so does what an al
 _OPTIMIZER = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1, "sgd": 4, "adafactor": 1}  # bytes a weight
 
 
-def settle_parts(model: Any, task: Task, rows: Mapping[str, Rows], recipe: Recipe, accelerator: Accelerator) -> list[str]:
+def settle_parts(model: Any, task: Task, rows: Mapping[str, Rows], recipe: Recipe, engine: Engine) -> list[str]:
     """Put the fewest parts that fit, and the rows read at once, into `recipe.training`; returns what was found, to be told.
 
     The limit is `recipe.memory.limit`, or what is free; a tenth of it stays free.
     """
-    options, device = recipe.training, accelerator.device
-    most = -(-options.rows // accelerator.num_processes)
+    options, device = recipe.training, engine.device
+    most = -(-options.rows // engine.processes)
     trained = [p for p in model.parameters() if p.requires_grad]
     later = sum(p.numel() for p in trained) * _OPTIMIZER[options.optimizer]  # not there yet while this is measured
     release(device)
@@ -44,7 +43,7 @@ def settle_parts(model: Any, task: Task, rows: Mapping[str, Rows], recipe: Recip
     def learn(features: list[Any]) -> None:
         model.train()
         batch = {k: v.to(device) for k, v in task.collate(features).items()}
-        with accelerator.autocast():
+        with engine.autocast():
             if task.parts_share:
                 task.share(model, [batch], lambda value: [value], 0)
             loss = task.loss_sum(model, batch)
@@ -54,7 +53,7 @@ def settle_parts(model: Any, task: Task, rows: Mapping[str, Rows], recipe: Recip
     def read(features: list[Any]) -> None:
         model.eval()
         batch = {k: v.to(device) for k, v in task.collate(features).items()}
-        with accelerator.autocast():
+        with engine.autocast():
             task.answers(model, batch)
 
     def tried(work: Callable[[list[Any]], None], side: Rows) -> Callable[[int], None]:
@@ -79,9 +78,9 @@ def settle_parts(model: Any, task: Task, rows: Mapping[str, Rows], recipe: Recip
         asked = options.read_at_once
         options.evaluation_batch_size, _ = largest_size(tried(read, rows["validation"]), asked, device, budget)
     checkpoints.set_random_states(chance)
-    if accelerator.num_processes > 1:
-        size = min(gather_object([size]))
-        options.evaluation_batch_size = min(gather_object([options.evaluation_batch_size]))
+    if engine.processes > 1:
+        size = min(engine.gather(size))
+        options.evaluation_batch_size = min(engine.gather(options.evaluation_batch_size))
     options.gradient_accumulation = math.ceil(most / size)
     return [
         f"measured with the longest rows: {size} of the {options.rows} rows of a step fit at once ({shown_size(peak)} of "

@@ -21,6 +21,7 @@ import torch
 
 from afina.core.config import TargetedConfig
 from afina.core.files import write_atomically
+from afina.core.fingerprint import fingerprint
 from afina.data.columns import chosen_columns
 from afina.data.divide import Divided, divided
 from afina.data.example import Example
@@ -44,7 +45,11 @@ from afina.tasks.catalogue import find_task, task_from_settings, tasks
 from afina.tasks.task import Encoded, Rows, Task
 from afina.training import checkpoints
 from afina.training.cache import Part, encoded_once
-from afina.training.loop import Fitted, fit, make_accelerator, predict
+from afina.training.engines.choose import check_engine, make_engine
+from afina.training.engines.engine import Engine
+from afina.training.engines.lost import told_of_lost_processes
+from afina.training.first import first_of_the_node
+from afina.training.loop import Fitted, fit, predict
 from afina.training.models import ModelSource, find_model, load_config, load_tokenizer
 from afina.training.parts import settle_parts
 from afina.training.precision import choose_precision
@@ -73,11 +78,25 @@ def prepare(
 ) -> Run:
     """Check the recipe, read and split the data, load and adapt the model. Nothing is written.
 
+    Of several processes of a machine the first one prepares, the others find the encoded rows in the cache (T40).
     `spell` says how an option was typed; `problems` may hold what was found before. A `trial` needs no output folder and
     cannot be executed.
     Raises ConfigError with everything wrong in the options, DataError with everything wrong in the file.
     """
-    problems = problems or Problems("the recipe")
+    with first_of_the_node():
+        return _prepared(recipe, output, spell, problems or Problems("the recipe"), overwrite, resume, from_step, trial)
+
+
+def _prepared(
+    recipe: Recipe,
+    output: Path | None,
+    spell: Callable[[str], str],
+    problems: Problems,
+    overwrite: bool,
+    resume: bool,
+    from_step: int | None,
+    trial: bool,
+) -> Run:
     config = recipe.check(problems, spell)
     kind = find_task(recipe.task["name"]).kind if recipe.task["name"] in tasks() else None
     table, columns = None, dict[str, str]()
@@ -104,6 +123,7 @@ def prepare(
         precision = choose_precision(recipe.training.precision, device)
     except ConfigError as error:
         problems.add(str(error).replace("precision=", f"{spell('training.precision')}=", 1))
+    check_engine(recipe, precision, problems, spell)
     if output is None and not trial:
         problems.add(f"{spell('output')} is missing: the folder to write the run into, for example runs/first")
     elif output is not None:
@@ -206,16 +226,24 @@ class Run:
 
     def execute(self, tell: Callable[[dict[str, Any]], None] = lambda line: None) -> dict[str, Any]:
         """Train, test, save, read back; returns what `metrics.json` holds."""
-        accelerator = make_accelerator(self.precision)
-        accelerator.wait_for_everyone()  # every process has looked at the output folder before one writes into it
-        if accelerator.is_main_process:
+        asked = self.recipe.distributed
+        engine = make_engine(self.precision, asked.engine, offload=asked.offload)
+        with told_of_lost_processes(engine):
+            return self._executed(engine, tell)
+
+    def _executed(self, engine: Engine, tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        engine.wait()  # every process has looked at the output folder before one writes into it
+        if engine.main:
             self._write_inputs()
-        accelerator.wait_for_everyone()
+        engine.wait()
         options = self.recipe.training
-        self.model.to(accelerator.device)
+        if engine.sharded:
+            self.model.adapters.base = fingerprint(self.model.adapters)
+        counts = self.model.get_nb_trainable_parameters()
+        engine.place(self.model)
         last = checkpoints.chosen(self.output / "checkpoints", self.from_step) if self.resume else None
         step = int(last.name.partition("-")[2]) if last else 0
-        names = options.trackers if accelerator.is_main_process else []
+        names = options.trackers if engine.main else []
         with Trackers(names, self.output, asdict(self.recipe), step) as trackers:
 
             def told(line: dict[str, Any]) -> None:
@@ -224,40 +252,44 @@ class Run:
 
             notes = []
             if options.gradient_accumulation == "auto":
-                notes = settle_parts(self.model, self.task, self.rows, self.recipe, accelerator)
-                if accelerator.is_main_process:
+                notes = settle_parts(self.model, self.task, self.rows, self.recipe, engine)
+                if engine.main:
                     self._write_recipe()
             fitted = fit(
-                self.model, self.task, self.rows["train"], self.rows["validation"], options, accelerator, self.output,
+                self.model, self.task, self.rows["train"], self.rows["validation"], options, engine, self.output,
                 tell=told, resume=self.resume, from_step=self.from_step,
             )  # fmt: skip
             fitted.notes[:0] = notes
-            self._settle(accelerator)
+            self._settle(engine)
             test = self.rows["test"]
-            answers = predict(self.model, self.task, test, options.read_at_once, accelerator, exact=True, final=True)
-            metrics = self._metrics(fitted, answers)
+            answers = predict(self.model, self.task, test, options.read_at_once, engine, exact=True, final=True)
+            metrics = self._metrics(fitted, answers, counts)
             if self.task.untuned:
                 with self.model.disable_adapter():
                     size = options.read_at_once
-                    before = predict(self.model, self.task, test, size, accelerator, exact=True, final=True)
+                    before = predict(self.model, self.task, test, size, engine, exact=True, final=True)
                 figures = self.task.metrics(before, test.examples)
                 metrics["baselines"]["untuned"] = {"title": "the base, not tuned", **figures}
             trackers.tested(metrics["test"])
-        if accelerator.is_main_process:
-            self._write_predictions(answers)
-            self.model.save_pretrained(self.output / ADAPTER, tokenizer=self.task.tokenizer)
-            metrics["read_back"] = self._read_back()
+        with engine.whole():
+            if engine.main:
+                self._write_predictions(answers)
+                self.model.save_pretrained(self.output / ADAPTER, tokenizer=self.task.tokenizer)
+        batch, trained = self._compared(engine)
+        if engine.main:
+            metrics["read_back"] = self._read_back(batch, trained, engine)
             _write_json(self.output / METRICS, metrics)
             write_report(self.output)
             write_card(self.output)
-        accelerator.wait_for_everyone()
+        engine.wait()
+        engine.close()
         return metrics
 
-    def _settle(self, accelerator: Any) -> None:
+    def _settle(self, engine: Engine) -> None:
         """Let the task choose on the validation rows what it is asked to choose there."""
         if self.task.settles:
             rows, size = self.rows["validation"], self.recipe.training.read_at_once
-            answers = predict(self.model, self.task, rows, size, accelerator, exact=True)
+            answers = predict(self.model, self.task, rows, size, engine, exact=True)
             self.task.learned |= self.task.settle(answers, rows.examples)
 
     # --- what is written
@@ -303,8 +335,8 @@ class Run:
             rows.append([example.line, *(example.row[role] for role in self.columns), *(known[k] for k in titles)])
         write_csv(self.output / PREDICTIONS, ["line", *self.columns.values(), *titles], rows)
 
-    def _metrics(self, fitted: Fitted, answers: Sequence[Any]) -> dict[str, Any]:
-        trainable, total = self.model.get_nb_trainable_parameters()
+    def _metrics(self, fitted: Fitted, answers: Sequence[Any], counts: tuple[int, int]) -> dict[str, Any]:
+        trainable, total = counts
         return {
             "task": self.task.settings(),
             "figures": {key: asdict(figure) for key, figure in self.task.figures.items()},
@@ -321,6 +353,7 @@ class Run:
                 "trainable_parameters": trainable,
                 "total_parameters": total,
                 "precision": self.precision,
+                **fitted.built,
                 "threads": torch.get_num_threads(),
                 "notes": fitted.notes,
             },
@@ -328,25 +361,31 @@ class Run:
         }
 
     @torch.no_grad()
-    def _read_back(self) -> dict[str, float]:
-        """Load what was written into a fresh base and compare on the longest test rows.
+    def _compared(self, engine: Engine) -> tuple[list[int], torch.Tensor]:
+        """The longest test rows, and what the trained model makes of them."""
+        rows = self.rows["test"]
+        longest = sorted(range(len(rows.features)), key=lambda i: -rows.lengths[i])[:_COMPARED]
+        chosen = sorted({rows.features[i]["row"] for i in longest})
+        features = [f for f in rows.features if f["row"] in chosen][:_COMPARED]
+        batch = {k: v.to(engine.device) for k, v in self.task.collate(features).items()}
+        return chosen, engine.read(self.model.eval(), self.task.outputs, batch)
+
+    @torch.no_grad()
+    def _read_back(self, chosen: list[int], trained: torch.Tensor, engine: Engine) -> dict[str, float]:
+        """Load what was written into a fresh base and compare on the `chosen` test rows with what was `trained`.
 
         Raises CheckpointError where the answers differ by more than rounding.
         """
-        device, folder, rows = next(self.model.parameters()).device, self.output / ADAPTER, self.rows["test"]
+        device, folder, rows = engine.device, self.output / ADAPTER, self.rows["test"]
         task = task_from_settings(self.task.settings(), load_tokenizer(self.source, folder))
         task.storage = self.task.storage
         fresh = PeftModel.from_pretrained(task.load_model(self.source.path), folder, tokenizer=task.tokenizer).to(device)
-        longest = sorted(range(len(rows.features)), key=lambda i: -rows.lengths[i])[:_COMPARED]
-        chosen = sorted({rows.features[i]["row"] for i in longest})
         length = self.encoded.max_length
         again = task.encode([rows.examples[i] for i in chosen], length, length).features
-        trained = [f for f in rows.features if f["row"] in chosen]
-        if [f["input_ids"] for f in again] != [f["input_ids"] for f in trained]:
+        if [f["input_ids"] for f in again] != [f["input_ids"] for f in rows.features if f["row"] in chosen]:
             raise CheckpointError(f"{folder}: the tokenizer that was written splits texts differently when read back")
         batch = {k: v.to(device) for k, v in task.collate(again[:_COMPARED]).items()}
-        answers = [one.outputs(m.eval(), batch) for one, m in ((self.task, self.model), (task, fresh))]
-        difference = float((answers[0] - answers[1]).abs().max())
+        difference = float((trained - task.outputs(fresh.eval(), batch)).abs().max())
         if not difference <= _TOLERANCE:
             raise CheckpointError(
                 f"{folder}, read back, does not answer as the model that was trained: probabilities differ by up to "

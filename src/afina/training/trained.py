@@ -16,7 +16,7 @@ from afina.memory.storage import Storage
 from afina.model import PeftModel
 from afina.tasks.catalogue import task_from_settings
 from afina.tasks.task import Rows, Task
-from afina.training.loop import make_accelerator, predict
+from afina.training.loop import make_engine, predict
 from afina.training.models import ModelSource, find_model, load_tokenizer
 from afina.training.recipe import Recipe, read_recipe
 
@@ -101,11 +101,11 @@ class TrainedRun:
 
     def answers(self, examples: Sequence[Example], batch_size: int = 32) -> list[Any]:
         """One answer an example, in float32; examples have a text."""
-        accelerator = make_accelerator("fp32")
+        engine = make_engine("fp32")
         limit = self.task.limit(self.model.get_base_model())
         length = self.task.asked_length(self.recipe.training.max_length or limit, limit)
         encoded = self.task.encode(examples, length, limit)
         self.truncated = encoded.truncated
         rows = Rows(list(examples), encoded.features)
-        model = self.model.to(accelerator.device)
-        return predict(model, self.task, rows, batch_size, accelerator, exact=True, final=True)
+        model = self.model.to(engine.device)
+        return predict(model, self.task, rows, batch_size, engine, exact=True, final=True)
