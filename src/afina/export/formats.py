@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from afina.errors import ConfigError, did_you_mean
 from afina.export.format import Format
+from afina.export.int8 import Int8
 from afina.export.merged import Merged
 
 __all__ = ["FORMATS", "find_format"]
 
-FORMATS: dict[str, Format] = {made.name: made for made in (Merged(),)}
+FORMATS: dict[str, Format] = {made.name: made for made in (Merged(), Int8())}
 
 
 def find_format(name: str) -> Format:
