@@ -201,9 +201,9 @@ def _write_pooling(folder: Path, pooling: str, width: int, length: int) -> None:
     (folder / "2_Normalize").mkdir(exist_ok=True)
 
 
-def read_merged(folder: Path) -> Any:
-    """The model, by transformers alone; raises CheckpointError where a tensor is missing, unexpected or misshapen."""
-    model, info = model_class(folder).from_pretrained(folder, output_loading_info=True, dtype="auto")
+def read_merged(folder: Path, **settings: Any) -> Any:
+    """The model, by transformers alone; `settings` are those of `from_pretrained`. Raises CheckpointError where a tensor is missing, unexpected or misshapen."""
+    model, info = model_class(folder).from_pretrained(folder, output_loading_info=True, dtype="auto", **settings)
     wrong = [f"{kind.replace('_', ' ')}: {shortened(found)}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
              if (found := info[kind])]  # fmt: skip
     if wrong:
