@@ -26,6 +26,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from afina.tasks.task import IGNORED
 
@@ -111,7 +112,9 @@ def loss_sum(model: Any, inputs: Mapping[str, torch.Tensor], aim: Aim, *, label_
 
     def inside(head: _Head, hidden: torch.Tensor) -> torch.Tensor:
         chosen = hidden[:, -aim.width :][aim.rows, aim.places]
-        return behind.carried(_summed(head, behind, chosen, aim.tokens, label_smoothing))
+        with saved_tensors_hooks(torch.Tensor.detach, torch.Tensor.detach):  # nothing of a chunk waits for backward
+            value, known = _summed(head, behind, chosen, aim.tokens, label_smoothing)
+        return behind.carried(_Known.apply(value, *known) if known else value)  # type: ignore[no-untyped-call]
 
     with _in_place_of(base.get_output_embeddings(), inside):
         return behind.arrived(model(**inputs, **_uncached(base)).logits)
@@ -164,38 +167,37 @@ def _head(module: Any, forward: Callable[[torch.Tensor], torch.Tensor]) -> _Head
 
 def _summed(
     head: _Head, behind: Behind, hidden: torch.Tensor, tokens: torch.Tensor, smoothing: float
-) -> torch.Tensor:
-    """The loss of hidden states `[targets, width]`, with its gradients known already where gradients are asked for."""
-    learning, total = torch.is_grad_enabled(), torch.zeros((), dtype=torch.float64, device=hidden.device)
-    leaves: list[torch.Tensor] | None = None
-    into_hidden, into_leaves = list[torch.Tensor](), list[torch.Tensor]()
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The loss of hidden states `[targets, width]`; what takes gradients, each followed by its gradient."""
+    total = torch.zeros((), device=hidden.device)
+    into_hidden, into_trained = list[torch.Tensor](), dict[torch.Tensor, torch.Tensor]()
     for some, right in _chunks(head, hidden, tokens):
-        some = some.detach().requires_grad_(learning and hidden.requires_grad)
-        raw = head.call(some)
-        scores = behind(raw)
-        used = scores.detach().clone() if scores is raw and not head.is_product else scores.detach()
-        losses = _entropy(used, right, smoothing)
-        total += losses.sum(dtype=torch.float64)
-        if not learning:
-            continue
-        if leaves is None:
-            leaves = _leaves(scores, some)
-        wanted = [some, *leaves] if some.requires_grad else leaves
-        if not wanted:
-            continue
-        lift = _HALF_LIFT if raw.dtype == torch.float16 else 1.0
-        found = list(torch.autograd.grad(scores, wanted, used.mul_(lift) if lift != 1.0 else used))
-        found = [g.div_(lift) for g in found] if lift != 1.0 else found
-        if some.requires_grad:
-            into_hidden.append(found.pop(0))
-        into_leaves = [have.add_(new) for have, new in zip(into_leaves, found, strict=True)] if into_leaves else found
-        del raw, scores, used, found
-    value = total.float()
-    if not into_hidden and not into_leaves:
-        return value
-    of_hidden = [(hidden, torch.cat(into_hidden))] if into_hidden else []
-    known = [*of_hidden, *zip(leaves or [], into_leaves, strict=True)]
-    return _Known.apply(value, *(x for pair in known for x in pair))  # type: ignore[no-any-return, no-untyped-call]
+        loss, some_hidden, some_trained = _one(head, behind, some, right, smoothing)
+        total = total + loss
+        into_hidden += some_hidden
+        for leaf, gradient in some_trained.items():
+            into_trained[leaf] = into_trained[leaf].add_(gradient) if leaf in into_trained else gradient
+        del some_trained
+    known = [(hidden, torch.cat(into_hidden))] if into_hidden else []
+    return total, [tensor for pair in (*known, *into_trained.items()) for tensor in pair]
+
+
+def _one(
+    head: _Head, behind: Behind, hidden: torch.Tensor, tokens: torch.Tensor, smoothing: float
+) -> tuple[torch.Tensor, list[torch.Tensor], dict[torch.Tensor, torch.Tensor]]:
+    """The loss of a chunk, the gradient of its hidden states where they take one, and those of what is trained in the head."""
+    some = hidden.detach().requires_grad_(torch.is_grad_enabled() and hidden.requires_grad)
+    raw = head.call(some)
+    scores = behind(raw)
+    used = scores.detach().clone() if scores is raw and not head.is_product else scores.detach()
+    loss = _entropy(used, tokens, smoothing).sum()
+    wanted = _leaves(scores) if scores.requires_grad else []
+    if not wanted:
+        return loss, [], {}
+    lift = _HALF_LIFT if raw.dtype == torch.float16 else 1.0
+    found = torch.autograd.grad(scores, wanted, used if lift == 1.0 else used.mul_(lift))
+    known = dict(zip(wanted, found if lift == 1.0 else [gradient / lift for gradient in found], strict=True))
+    return loss, [known.pop(some)] if some.requires_grad else [], known
 
 
 def _entropy(scores: torch.Tensor, tokens: torch.Tensor, smoothing: float) -> torch.Tensor:
@@ -223,6 +225,7 @@ def _read(
         hits.append(likeliest == right)
         aimed = scores.gather(1, right.unsqueeze(1)).squeeze(1).double()
         losses.append(top.double() + scores.sub_(top.unsqueeze(1)).exp_().sum(1).double().log() - aimed)
+        del scores  # before the next chunk
     return torch.cat(losses), torch.cat(hits)
 
 
@@ -236,8 +239,8 @@ def _chunks(
     yield from zip(hidden.tensor_split(count), tokens.tensor_split(count), strict=True)
 
 
-def _leaves(scores: torch.Tensor, without: torch.Tensor) -> list[torch.Tensor]:
-    """What is trained on the way to `scores`, less one tensor: the leaves of its graph."""
+def _leaves(scores: torch.Tensor) -> list[torch.Tensor]:
+    """What takes gradients on the way to `scores`: the leaves of its graph."""
     found, seen, waiting = list[torch.Tensor](), set[Any](), [scores.grad_fn]
     while waiting:
         node = waiting.pop()
@@ -245,7 +248,7 @@ def _leaves(scores: torch.Tensor, without: torch.Tensor) -> list[torch.Tensor]:
             continue
         seen.add(node)
         leaf = getattr(node, "variable", None)
-        if leaf is not None and leaf is not without:
+        if leaf is not None:
             found.append(leaf)
         waiting += [before for before, _ in node.next_functions]
     return found

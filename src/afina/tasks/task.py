@@ -148,6 +148,10 @@ class Task(ABC):
         """Tokens that a text may have when the model is asked, from the length it was trained with and its limit."""
         return trained
 
+    def paths(self, model: Any) -> list[str]:
+        """What is to be known of the way an adapted model is computed, as sentences for a person (T35)."""
+        return []
+
     # --- rows
 
     @abstractmethod

@@ -87,12 +87,10 @@ class WritingTask(Task):
         """Its target tokens."""
         return float((batch["labels"] != IGNORED).sum())
 
-    def lean(self, model: Any) -> list[str]:
-        """How the loss of this model is computed (T35)."""
+    def paths(self, model: Any) -> list[str]:
+        """Whether logits have to be made whole, and why."""
         why = why_whole(model)
-        if why is None:
-            return []
-        return [f"{why}: its logits are made whole, for every place of a row, which takes more memory"]
+        return [f"{why}: logits are made whole, for every place of a row, which takes more memory"] if why else []
 
     # --- answers
 

@@ -36,6 +36,8 @@ from afina.errors import (
     did_you_mean,
 )
 from afina.functions import get_peft_model
+from afina.memory.checkpointing import checkpoint_blocks
+from afina.memory.offload import check_offload, offload_activations
 from afina.memory.storage import FLOATS, Storage
 from afina.model import PeftModel
 from afina.report.card import write_card
@@ -123,6 +125,11 @@ def _prepared(
         precision = choose_precision(recipe.training.precision, device)
     except ConfigError as error:
         problems.add(str(error).replace("precision=", f"{spell('training.precision')}=", 1))
+    if recipe.memory.activation_offload:
+        try:
+            check_offload(device, spell("memory.activation_offload"))
+        except ConfigError as error:
+            problems.add(str(error))
     check_engine(recipe, precision, problems, spell)
     if output is None and not trial:
         problems.add(f"{spell('output')} is missing: the folder to write the run into, for example runs/first")
@@ -171,6 +178,11 @@ def _prepared(
     if idle and isinstance(config, TargetedConfig) and config.exclude_modules is None:
         config.exclude_modules = idle
     model = get_peft_model(base, config)
+    if recipe.memory.gradient_checkpointing:
+        checkpoint_blocks(model, spell("memory.gradient_checkpointing"))
+    if recipe.memory.activation_offload:
+        offload_activations(model, device, spell("memory.activation_offload"))
+    notes += task.paths(model)
     recipe.resolve_method(model.peft_config["default"])
     everything = [e for examples in splits.values() for e in examples]
     encoded = encoded_once(task, everything, recipe.training.max_length, limit)
