@@ -217,9 +217,13 @@ def _take(value: Any, index: torch.Tensor, size: int) -> Any:
 def _put(y: Any, parts: list[tuple[torch.Tensor, Any]]) -> Any:
     """`y` with some rows replaced; rows of no adapter stay as they are. Heads of different sizes are filled up with zeros."""
     if isinstance(y, torch.Tensor):
-        widest = max(rows.shape[-1] for rows in (y, *(rows for _, rows in parts))) if y.dim() else 0
-        y = F.pad(y, (0, widest - y.shape[-1])) if y.dim() and y.shape[-1] < widest else y.clone()
+        widest = max(t.shape[-1] for t in (y, *(rows for _, rows in parts))) if y.dim() else 0
+        y = _widened(y, widest) if y.dim() and y.shape[-1] < widest else y.clone()
         for index, rows in parts:
-            y[index] = (F.pad(rows, (0, widest - rows.shape[-1])) if y.dim() else rows).to(y.dtype)
+            y[index] = (_widened(rows, widest) if y.dim() and rows.shape[-1] < widest else rows).to(y.dtype)
         return y
     return type(y)(_put(v, [(index, rows[i]) for index, rows in parts]) for i, v in enumerate(y))
+
+
+def _widened(y: torch.Tensor, width: int) -> torch.Tensor:
+    return F.pad(y, (0, width - y.shape[-1]))
