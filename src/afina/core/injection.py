@@ -12,6 +12,7 @@ from torch import nn
 
 from afina.core.adapted import AdaptedLayer
 from afina.core.adapter import Adapter, Placement, SavedModule
+from afina.core.codecs import codec_of
 from afina.core.config import AdapterConfig, TargetedConfig
 from afina.core.layers import ParameterView, view_of
 from afina.core.plan import is_loaded, make_plan, resolved, with_new_heads
@@ -120,6 +121,8 @@ class AdapterSet:
     def _freeze(self) -> None:
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
+        for module in self.map.modules.values():  # those without adapters too: gradients go through them (T43)
+            codec_of(module).prepare(module)
 
     def _build(self, plan: list[Placement], config: Any, initialise: bool) -> list[tuple[Placement, Any, Adapter]]:
         """Make all adapters before anything is changed in the model."""

@@ -37,8 +37,9 @@ from afina.errors import (
 )
 from afina.functions import get_peft_model
 from afina.memory.checkpointing import checkpoint_blocks
+from afina.memory.loading import check_library
 from afina.memory.offload import check_offload, offload_activations
-from afina.memory.storage import FLOATS, Storage
+from afina.memory.storage import Storage, settled_weights
 from afina.model import PeftModel
 from afina.report.card import write_card
 from afina.report.html import REPORT, write_report
@@ -125,6 +126,10 @@ def _prepared(
         precision = choose_precision(recipe.training.precision, device)
     except ConfigError as error:
         problems.add(str(error).replace("precision=", f"{spell('training.precision')}=", 1))
+    try:
+        check_library(recipe.memory.weights)
+    except MissingDependencyError as error:
+        problems.add(f"{spell('memory.weights')}: {error}")
     if recipe.memory.activation_offload:
         try:
             check_offload(device, spell("memory.activation_offload"))
@@ -164,8 +169,8 @@ def _prepared(
     if recipe.training.best not in task.figures:
         asked = f"{spell('training.best')}={recipe.training.best!r}"
         raise ConfigError(f"{asked}: these rows give no such figure.{did_you_mean(recipe.training.best, task.figures)}")
-    recipe.memory.weights = _weights(recipe.memory.weights, load_config(source), precision)
-    task.storage = Storage(recipe.memory.weights)
+    recipe.memory.weights = _weights(recipe.memory.weights, load_config(source), precision, spell)
+    task.storage = Storage.of(recipe.memory.weights, load_config(source))
     torch.manual_seed(recipe.training.seed)
     config.base_model_name_or_path = source.public_name
     base = task.load_model(source.path)
@@ -434,10 +439,12 @@ def _check_truncation(encoded: Encoded, texts: int, recipe: Recipe, spell: Calla
         )
 
 
-def _weights(asked: str, config: Any, precision: str) -> str:
-    """The storage of the frozen weights that `auto` means: the checkpoint's own where arithmetic is 16-bit anyway."""
-    own = next((name for name, dtype in FLOATS.items() if dtype == config.dtype), "fp32")
-    return asked if asked != "auto" else own if own == precision else "fp32"
+def _weights(asked: str, config: Any, precision: str, spell: Callable[[str], str]) -> str:
+    """The storage of the frozen weights; an error names the option as it was typed."""
+    try:
+        return settled_weights(asked, config, precision)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("memory.weights=", f"{spell('memory.weights')}=", 1)) from error
 
 
 def _device() -> torch.device:

@@ -17,7 +17,7 @@ from afina.model import PeftModel
 from afina.tasks.catalogue import task_from_settings
 from afina.tasks.task import Rows, Task
 from afina.training.loop import make_engine, predict
-from afina.training.models import ModelSource, find_model, load_tokenizer
+from afina.training.models import ModelSource, find_model, load_config, load_tokenizer
 from afina.training.recipe import Recipe, read_recipe
 
 __all__ = ["TrainedRun"]
@@ -60,7 +60,7 @@ class TrainedRun:
         settings = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["task"]
         source = find_model(recipe.model)
         task = task_from_settings(settings, load_tokenizer(source, folder / "adapter"))
-        task.storage = Storage(recipe.memory.weights if recipe.memory.weights != "auto" else "fp32")
+        task.storage = Storage.of(recipe.memory.weights if recipe.memory.weights != "auto" else "fp32", load_config(source))
         return recipe, task, source
 
     @property

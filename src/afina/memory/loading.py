@@ -1,0 +1,198 @@
+"""Loading a checkpoint straight into quantised form, tensor by tensor: what is held at most is what stays, and the
+workspace of quantising the largest tensor.
+
+transformers quantises each tensor as it is read, but maps the whole checkpoint into memory, where its pages count until the
+end, and leaves the heap in pieces. Here tensors are read when they are quantised and given back at once.
+
+What stays in floating point: what lies outside the model proper (heads of tasks, which are trained), what puts out the
+logits, what shares its weight with an embedding, and everything that is no linear layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from afina.core.codecs import codec_of
+from afina.errors import MissingDependencyError
+
+__all__ = ["check_library", "device_of_process", "floating", "load_quantised", "tensor_by_tensor"]
+
+_LIBRARIES = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "fp4": "bitsandbytes", "int8_weight_only": "torchao"}
+_CAST_TO_WEIGHT = {"wo"}  # kept in float32 by transformers where float16 would overflow; here sums are wider
+
+
+def check_library(weights: str) -> None:
+    """Raise MissingDependencyError where the library that quantises to `weights` is not installed."""
+    library = _LIBRARIES.get(weights)
+    if library is not None and importlib.util.find_spec(library) is None:
+        raise MissingDependencyError(library, library, f"memory.weights={weights}")
+
+
+def load_quantised(auto: Any, path: str, weights: str, dtype: torch.dtype, **settings: Any) -> tuple[Any, dict[str, Any]]:
+    """A model of one of transformers' Auto classes with its linear layers quantised, and what loading found.
+
+    `weights` is int8, nf4, fp4 (bitsandbytes) or int8_weight_only (torchao); `dtype` is that of what stays in floating
+    point. The model lies on the accelerator of this process where there is one. Raises MissingDependencyError before
+    anything is read or fetched.
+    """
+    from transformers import AutoConfig
+
+    check_library(weights)
+    with _quietly():
+        if getattr(AutoConfig.from_pretrained(path), "quantization_config", None) is None:  # else it says itself how it is
+            settings["quantization_config"] = _quantisation(weights)
+        with tensor_by_tensor(), _keeping_floats():
+            model, info = auto.from_pretrained(
+                path, output_loading_info=True, ignore_mismatched_sizes=True, dtype=dtype,
+                device_map={"": device_of_process()}, **settings,
+            )  # fmt: skip
+    make_lean(model)
+    return model, info
+
+
+def make_lean(model: nn.Module) -> None:
+    """Let every quantised layer compute from what is stored, leave it as it is, and keep no copy for backward."""
+    for module in model.modules():
+        codec_of(module).lean(module)
+        if getattr(module, "compute_type_is_set", None) is not None:
+            module.compute_dtype, module.compute_type_is_set = None, True  # type: ignore[assignment]
+
+
+def _quantisation(weights: str) -> Any:
+    if weights == "int8_weight_only":
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    from transformers import BitsAndBytesConfig
+
+    if weights == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=weights, bnb_4bit_use_double_quant=False,
+        bnb_4bit_quant_storage=torch.int8,  # some models cast activations to a weight's type, and know int8 as an exception
+    )  # fmt: skip
+
+
+def device_of_process() -> torch.device:
+    """The accelerator of this process, or the CPU."""
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    found = torch.accelerator.current_accelerator()
+    assert found is not None
+    return torch.device(found.type, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def floating(model: Any, stored: set[str] | None = None) -> list[str]:
+    """Paths of the linear layers that stay in floating point whatever the others are stored as.
+
+    `stored`: names of the tensors in the checkpoint; a pooler that is not among them is made anew and stays, too.
+    """
+    prefix = model.base_model_prefix
+    trunk = getattr(model, prefix, None) if prefix else None
+    inside = {id(m) for m in trunk.modules()} if isinstance(trunk, nn.Module) else {id(m) for m in model.modules()}
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = {key.removesuffix(".weight") for pair in ties.items() for key in pair}
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ()) - _CAST_TO_WEIGHT
+    names = []
+    for name, module in model.named_modules():
+        if type(module).__name__ not in ("Linear", "Conv1D"):
+            continue
+        new = ".pooler." in f".{name}." and stored is not None and not any(k.endswith(_tail(name)) for k in stored)
+        listed = any(part in kept for part in name.split("."))
+        shared = name in tied or id(module._parameters["weight"]) in tables
+        if id(module) not in inside or module is output or shared or new or listed:
+            names.append(name)
+    return names
+
+
+def _tail(name: str) -> str:
+    """The end of a checkpoint's key that must be there for a pooler's layer."""
+    return name[name.rindex("pooler.") :] + ".weight"
+
+
+# --- how transformers reads
+
+
+@contextlib.contextmanager
+def tensor_by_tensor() -> Iterator[None]:
+    """Checkpoints are read tensor by tensor within this, not mapped as a whole, and freed memory goes back at once."""
+    import transformers.modeling_utils as reading
+
+    mapped = reading.safe_open
+
+    def read(*args: Any, **kwargs: Any) -> Any:
+        return mapped(*args, **{**kwargs, "backend": "pread"})
+
+    reading.safe_open = read  # type: ignore[assignment,misc]
+    try:
+        with _whole_heap():
+            yield
+    finally:
+        reading.safe_open = mapped  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def _whole_heap() -> Iterator[None]:
+    """Blocks of a megabyte are taken from the system one by one within this, so that freeing them leaves no holes."""
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        option = libc.mallopt
+    except (OSError, AttributeError):
+        yield
+        return
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    option(mmap_threshold, 1 << 20)
+    try:
+        yield
+    finally:
+        option(mmap_threshold, 32 << 20)  # where glibc's own rule ends up once such blocks were freed
+        option(trim_threshold, 64 << 20)
+        libc.malloc_trim(0)
+
+
+@contextlib.contextmanager
+def _keeping_floats() -> Iterator[None]:
+    """transformers' quantisers leave out what `floating` names within this."""
+    from transformers.quantizers.base import HfQuantizer
+
+    before = HfQuantizer.__dict__["get_modules_to_not_convert"]
+
+    def chosen(model: Any, *_: Any, **__: Any) -> list[str]:
+        return [f"^{re.escape(name)}" for name in floating(model)] or ["^$"]
+
+    HfQuantizer.get_modules_to_not_convert = staticmethod(chosen)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        HfQuantizer.get_modules_to_not_convert = before  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Libraries that tell of kernels they do not find are not heard within this."""
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree", "bitsandbytes")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
