@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from afina import __version__
-from afina.cli import check, compare, evaluate, methods, predict, prepare, report, targets, tasks, train
+from afina.cli import check, compare, evaluate, methods, predict, prepare, report, serve, targets, tasks, train
 from afina.cli.show import fail
 from afina.errors import AfinaError, LostProcessError
 
@@ -26,6 +26,7 @@ app.command("check")(check.check)
 app.command("train")(train.train)
 app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
+app.command("serve")(serve.serve)
 app.command("report")(report.report)
 app.command("compare")(compare.compare)
 app.command("tasks")(tasks.tasks)
