@@ -15,13 +15,14 @@ from torch import nn
 
 from afina.core.codecs.bitsandbytes import BitsAndBytes4Bit, BitsAndBytesInt8
 from afina.core.codecs.codec import WeightCodec
+from afina.core.codecs.outline import Outlined
 from afina.core.codecs.plain import Opaque, Plain
 from afina.core.codecs.torchao import TorchAOInt8
 
 __all__ = ["CODECS", "WeightCodec", "codec_of", "logical_numel", "restore", "snapshot", "stored_bytes"]
 
 _KNOWN: tuple[WeightCodec, ...] = (BitsAndBytesInt8(), BitsAndBytes4Bit(), TorchAOInt8(), Plain())
-CODECS: tuple[WeightCodec, ...] = (*_KNOWN, Opaque(_KNOWN))
+CODECS: tuple[WeightCodec, ...] = (*_KNOWN, Outlined(), Opaque(_KNOWN))
 
 
 def codec_of(layer: nn.Module) -> WeightCodec:

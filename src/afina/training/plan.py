@@ -1,0 +1,331 @@
+"""What a recipe takes of memory, known before anything is loaded: `Planner`.
+
+The model is built on the meta device from its configuration, adapted as it would be, and a step of training and a batch of
+evaluation are run on it without contents (`memory.trace`), with the longest rows there are. So the plan follows what the
+code does. Where there is no data file, rows of `training.max_length` tokens stand for it, and where there is no tokenizer,
+one that knows a single word.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from afina.core.codecs.outline import OutlineLinear
+from afina.core.config import TargetedConfig
+from afina.data.columns import chosen_columns
+from afina.data.divide import divided as divide_rows
+from afina.data.example import Example
+from afina.data.sources import read_rows
+from afina.errors import ConfigError, Problems
+from afina.functions import get_peft_model
+from afina.memory.checkpointing import checkpoint_blocks
+from afina.memory.devices import autocast_of, backward, hidden_of, kernels_of, overhead_of, rounded_of
+from afina.memory.footprint import Footprint, Moment, divided
+from afina.memory.measure import resident
+from afina.memory.storage import FLOATS, Storage, settled_weights
+from afina.memory.trace import Trace, faked
+from afina.tasks.catalogue import find_task
+from afina.tasks.task import Feature, Task
+from afina.training.models import ModelSource, find_model, load_config, load_tokenizer
+from afina.training.optimizers import make_optimizer
+from afina.training.precision import choose_precision
+from afina.training.recipe import Recipe
+from afina.training.rows_for_plans import one_word_tokenizer, rows_of_words
+from afina.training.vocabulary import add_tokens, fit_embeddings
+
+__all__ = ["Planner", "planner_for"]
+
+_NAMES = {dtype: name for name, dtype in FLOATS.items()}
+_BLOCK = 256  # weights of an 8-bit optimizer's state that share a scale
+_SMALL = 4096  # parameters with fewer values keep a float32 state in an 8-bit optimizer
+
+
+@dataclass
+class Planner:
+    """All that plans of one recipe share; `plan` may be asked for other settings of it."""
+
+    task: Task
+    source: ModelSource
+    config: Any  # of the method
+    features: Mapping[str, Sequence[Feature]]  # "train" and "evaluate", the longest first
+    device: str  # cpu or cuda
+    precision: str
+    processes: int = 1
+    notes: list[str] = field(default_factory=list)
+    process: int = field(default_factory=resident)  # bytes of the process without the model
+
+    def plan(self, recipe: Recipe) -> Footprint:
+        """The footprint of a run with these settings, of one process. `training.gradient_accumulation` may not be auto."""
+        options, memory, engine = recipe.training, recipe.memory, recipe.distributed
+        model, task = self.adapted(memory.weights)
+        if memory.gradient_checkpointing:
+            checkpoint_blocks(model)
+        assert isinstance(options.gradient_accumulation, int)
+        share = math.ceil(options.rows / self.processes)
+        at_once = math.ceil(share / options.gradient_accumulation)
+        wide = model.get_base_model().get_input_embeddings().weight.shape[0]
+        trace = Trace(hidden=hidden_of(self.device), wide=wide, rounded=rounded_of(self.device))
+        with kernels_of(self.device), trace:
+            trained = _placed(trace, model)
+            optimizer = _optimizer(trace, options.optimizer, trained, options.weight_decay)
+            task.label_smoothing, several = options.label_smoothing, options.gradient_accumulation > 1
+            self._step(trace, model, task, trained, optimizer, self._rows("train", at_once), several=several)
+            self._read(trace, model, task, self._rows("evaluate", options.read_at_once))
+        weights = {k: v for k, v in trace.peak("").parts.items() if k.startswith("weights")}
+        moments = {"load": self._load(weights)}
+        for name, phases in (("train", ("forward", "backward", "step")), ("evaluate", ("evaluate",))):
+            parts = trace.peak(*phases).parts
+            if memory.activation_offload and self.device == "cuda" and "activations" in parts:
+                kept = {"activations": parts.pop("activations")}
+            else:
+                kept = {}
+            gathered = _gathered(model, weights) if engine.engine != "ddp" else 0
+            on_device, host = divided(parts, engine.engine, self.processes, offload=engine.offload, gathered=gathered)
+            moments[name] = Moment(on_device, {**host, **kept})
+        self._surroundings(moments)
+        return Footprint(self.device, moments, list(self.notes))
+
+    def adapted(self, weights: str) -> tuple[Any, Task]:
+        """The adapted model on the meta device, its frozen weights stored as said, and a task that belongs to it."""
+        task, config = copy.copy(self.task), copy.deepcopy(self.config)
+        task.storage = Storage.of(weights, load_config(self.source), empty=True)
+        base = task.load_model(self.source.path)
+        fit_embeddings(base, task.tokenizer, config)
+        idle = task.idle(base)
+        if idle and isinstance(config, TargetedConfig) and config.exclude_modules is None:
+            config.exclude_modules = idle
+        return get_peft_model(base, config), task
+
+    def _rows(self, side: str, count: int) -> list[Feature]:
+        """So many of the longest rows; from the first again where there are fewer."""
+        longest = self.features[side]
+        return [longest[i % len(longest)] for i in range(count)]
+
+    def _step(
+        self, trace: Trace, model: Any, task: Task, trained: list[Any], optimizer: Any, rows: list[Feature], *, several: bool
+    ) -> None:
+        """One part of a step; where there are several, the gradients of the one before are there already."""
+        model.train()
+        if several:
+            for p in trained:
+                p.grad = torch.zeros_like(p)
+            trace.follow((p.grad for p in trained), "gradients")
+        batch = {k: faked(trace, v) for k, v in task.collate(rows).items()}
+        with trace.phase("forward"), autocast_of(self.precision):
+            if task.parts_share:
+                task.share(model, [batch], lambda value: [value], 0)
+            loss = task.loss_sum(model, batch) / len(rows)
+        with trace.phase("backward"):
+            backward(loss)
+        del loss, batch
+        trace.follow((p.grad for p in trained), "gradients")
+        with trace.phase("step"):
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            if optimizer is not None:
+                optimizer.step()
+        for p in trained:
+            p.grad = None
+
+    def _read(self, trace: Trace, model: Any, task: Task, rows: list[Feature]) -> None:
+        """A batch of evaluation, in the arithmetic in which the test rows are read."""
+        model.eval()
+        batch = {k: faked(trace, v) for k, v in task.collate(rows).items()}
+        precision = _NAMES[task.storage.dtype]
+        with trace.phase("evaluate"), torch.no_grad(), autocast_of(precision):
+            task.answers(model, batch)
+
+    def _load(self, weights: dict[str, int]) -> Moment:
+        """The weights alone; for a GPU they are put together in the host's memory and then moved."""
+        return Moment(dict(weights), dict(weights) if self.device == "cuda" else {})
+
+    def _surroundings(self, moments: dict[str, Moment]) -> None:
+        for moment in moments.values():
+            process = {"process": self.process}
+            if self.device == "cpu":
+                moment.device = {**process, **moment.device, **moment.host}
+                moment.host = {}
+            else:
+                moment.device = {**overhead_of(self.device), **moment.device}
+                moment.host = {**process, **moment.host}
+
+
+def planner_for(
+    recipe: Recipe, device: str, *, processes: int | None = None, spell: Callable[[str], str] = str,
+    problems: Problems | None = None,
+) -> Planner:  # fmt: skip
+    """A planner from a recipe alone; the recipe's open settings (weights, batch) are resolved in place.
+
+    Raises ConfigError with all that is wrong in the options, DataError with what is wrong in the file.
+    """
+    problems = problems or Problems("the recipe")
+    config = recipe.check(problems, spell)
+    source = None
+    try:
+        source = find_model(recipe.model)
+        load_config(source)
+    except ConfigError as error:
+        problems.add(f"{spell('model')}: {error}")
+    has_file = bool(recipe.data.file) and (Path(recipe.data.file).exists() or recipe.training.max_length is None)
+    if not has_file and recipe.training.max_length is None:
+        problems.add(
+            f"{spell('training.max_length')} is missing: without {spell('data.file')} the length of the rows has to be said"
+        )
+    problems.raise_as(ConfigError)
+    assert source is not None
+    made = find_task(recipe.task["name"])
+    options = made.Options(**{k: v for k, v in recipe.task.items() if k != "name"})
+    notes: list[str] = []
+    tokenizer = _tokenizer(source)
+    if tokenizer is None:
+        tokenizer = one_word_tokenizer(load_config(source))
+        notes.append("there is no tokenizer beside the configuration, so every row is taken to have the full length")
+        has_file = False
+        if recipe.training.max_length is None:
+            raise ConfigError(f"{spell('training.max_length')} is missing: without a tokenizer rows cannot be measured")
+    add_tokens(tokenizer, recipe.data.new_tokens)
+    if has_file:
+        table = read_rows(recipe.data, made.kind)
+        columns = chosen_columns(table, made.kind, recipe.data, problems, spell)
+        problems.raise_as(ConfigError)
+        done = divide_rows(table, made.kind, recipe.data, columns=columns, seed=recipe.training.seed)
+        sides = {name: [done.examples[i] for i in rows] for name, rows in done.sides.items()}
+    else:
+        assert recipe.training.max_length is not None
+        sides = dict.fromkeys(("train", "validation", "test"), rows_of_words(made, options, recipe.training.max_length))
+        notes.append(
+            f"no data file was read: every row is taken to have {recipe.training.max_length} tokens"
+            + (", with 2 classes" if made.kind.labels in ("class", "classes") else "")
+        )
+    learned = made.learn(sides["train"], [*sides["validation"], *sides["test"]])
+    task = made(tokenizer, options, learned)
+    if device == "cpu":
+        precision = choose_precision(recipe.training.precision, torch.device("cpu"))
+    else:
+        precision = "bf16" if recipe.training.precision == "auto" else recipe.training.precision
+        if recipe.training.precision == "auto":
+            notes.append("the GPU is taken to compute in bf16 (training.precision: auto)")
+    return _planner(recipe, task, source, config, sides, device, precision, processes, notes)
+
+
+def _planner(
+    recipe: Recipe, task: Task, source: ModelSource, config: Any, sides: Mapping[str, list[Example]], device: str,
+    precision: str, processes: int | None, notes: list[str],
+) -> Planner:  # fmt: skip
+    """Encodes the rows, by the limit of the model on the meta device, and keeps the longest."""
+    recipe.memory.weights = settled_weights(recipe.memory.weights, load_config(source), precision)
+    outline = copy.copy(task)
+    outline.storage = Storage("fp32", empty=True)
+    base = outline.load_model(source.path)
+    task.learned |= outline.learned
+    limit = task.limit(base) - int(getattr(config, "num_virtual_tokens", None) or 0)
+    if recipe.training.max_length is not None and recipe.training.max_length > limit:
+        raise ConfigError(f"training.max_length={recipe.training.max_length}: {recipe.model} takes at most {limit} tokens")
+    most = recipe.training.rows
+    features = {}
+    for name, examples in (("train", sides["train"]), ("evaluate", [*sides["validation"], *sides["test"]])):
+        made = task.encode(examples, recipe.training.max_length, limit).features
+        features[name] = sorted(made, key=_length, reverse=True)[: 2 * max(most, recipe.training.read_at_once)]
+    longest = max(_length(f) for f in (*features["train"], *features["evaluate"]))
+    if not notes:
+        notes.append(f"planned with the longest rows of the file: {longest} tokens")
+    count = processes if processes is not None else int(os.environ.get("WORLD_SIZE", "1"))
+    return Planner(task, source, config, features, device, precision, count, notes)
+
+
+def _length(feature: Feature) -> int:
+    return sum(len(feature.get(key, ())) for key in ("input_ids", "decoder_ids", "pair_ids"))
+
+
+def _tokenizer(source: ModelSource) -> Any:
+    """The model's tokenizer; None where there is only a configuration."""
+    folder = Path(source.path)
+    if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("*vocab*")):
+        return None
+    try:
+        return load_tokenizer(source)
+    except ConfigError:
+        if folder.is_dir():
+            raise
+        return None
+
+
+# --- the model in a trace
+
+
+def _placed(trace: Trace, model: nn.Module) -> list[Any]:
+    """Put the model's tensors into the trace, each with its part; returns the trained parameters."""
+    made: dict[int, Any] = {}
+    trained = []
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    new: Any = faked(trace, tensor)
+                    part = _weights_part(module, tensor)
+                    if isinstance(tensor, nn.Parameter):
+                        new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+                        new.__dict__.update(tensor.__dict__)
+                        if tensor.requires_grad:
+                            part = "adapters"
+                            trained.append(new)
+                    made[id(tensor)] = (tensor, new)  # the old one too, so that its number is not given again
+                    trace.follow([new], part)
+                held[name] = made[id(tensor)][1]
+    return trained
+
+
+def _weights_part(module: nn.Module, tensor: torch.Tensor) -> str:
+    if isinstance(module, OutlineLinear) and (tensor is module.weight or tensor is module.scales):
+        return f"weights {module.kind}"
+    return f"weights {_NAMES[tensor.dtype]}" if tensor.dtype in _NAMES else "workspace"
+
+
+def _optimizer(trace: Trace, name: str, trained: list[Any], decay: float) -> Any:
+    """The optimizer with its state, as it is after the first step, and the copies of trained weights that a run keeps.
+
+    Those from bitsandbytes are not run, since their kernels take contents: their state is made here, of the size it has.
+    """
+    trace.kept += [p.detach().clone() for p in trained for _ in range(2)]
+    trace.follow(trace.kept, "copies")
+    if "8bit" in name:
+        count = 1 if name.startswith("lion") else 2
+        state = [x for p in trained for x in _state_8bit(p, count)]
+        if not name.startswith("paged"):
+            trace.follow(state, "optimizer")
+            trace.kept += state
+        return None
+    optimizer = make_optimizer(name, {str(i): p for i, p in enumerate(trained)}, 1e-3, decay)
+    for p in trained:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for p in trained:
+        p.grad = None
+    states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+    trace.follow(states, "optimizer")
+    return optimizer
+
+
+def _state_8bit(p: torch.Tensor, count: int) -> list[torch.Tensor]:
+    if p.numel() < _SMALL:
+        return [torch.zeros_like(p, dtype=torch.float32) for _ in range(count)]
+    scales = [torch.zeros(-(-p.numel() // _BLOCK)) for _ in range(count)]
+    return [*(torch.zeros_like(p, dtype=torch.uint8) for _ in range(count)), *scales]
+
+
+def _gathered(model: Any, weights: Mapping[str, int]) -> int:
+    """Frozen bytes that are whole at once where weights lie in shards: two blocks, one at work and one on its way."""
+    blocks = [m for m in model.modules() if type(m).__name__.endswith(("Block", "Layer", "DecoderLayer"))]
+    sizes = [sum(p.numel() * p.element_size() for p in m.parameters()) for m in blocks]
+    embeddings = sum(p.numel() * p.element_size() for p in model.get_base_model().get_input_embeddings().parameters())
+    return min(sum(weights.values()), max(2 * max(sizes, default=0), embeddings))
