@@ -81,7 +81,7 @@ def export(
     if made.merged:
         _check_mergeable(trained)
     tell("asking the model of the run")
-    known = _ask(trained, measured=made.lossy)
+    known = _ask(trained, measured=made.rounds(settings))
     task, model = trained.task, trained.model
     output.parent.mkdir(parents=True, exist_ok=True)
     with _beside(output) as (work, artefact):
@@ -96,12 +96,12 @@ def export(
         source = Source(work, run, task, settings, notes)
         merged_bytes = sum(p.stat().st_size for p in work.rglob("*") if p.is_file())
         tell(f"writing {made.name}")
-        before = read_merged(work) if made.lossy and made.merged else None
+        before = read_merged(work) if made.rounds(settings) and made.merged else None
         made.write(source, artefact)
         tell("asking what was written")
         replayed, loaded, own = replay(made, artefact, known.golden, settings)
         done = Exported(output, name, made.weights(artefact), merged_bytes, replayed, notes=source.notes)
-        if made.lossy:
+        if made.rounds(settings):
             _measure(done, known, own, loaded, before, settings)
         golden = {**known.golden, "format": name, "settings": _said(settings)}
         for prompt, answer in zip(golden["prompts"], replayed.answers, strict=True):

@@ -47,7 +47,11 @@ class Format(ABC):
     name: ClassVar[str]
     title: ClassVar[str]  # what it is for, in a line
     merged: ClassVar[bool] = True  # whether it is made from the merged model
-    lossy: ClassVar[bool] = False  # whether its weights are rounded, so that its figures are measured
+    lossy: ClassVar[bool] = False  # see `rounds`
+
+    def rounds(self, settings: Settings) -> bool:
+        """Whether weights are rounded so far that figures are measured and continuations may differ."""
+        return self.lossy
 
     def check(self, task: Task, config: Any, settings: Settings) -> None:
         """Raise ConfigError where this format cannot hold such a model, saying what can be done instead."""
@@ -73,7 +77,7 @@ class Format(ABC):
 
     def tolerance(self, folder: Path, settings: Settings) -> float:
         """How far its probabilities may be from those of the run: the largest difference, or where weights are rounded
-        (`lossy`) the mean one."""
+        (`rounds`) the mean one."""
         return 1e-4
 
     def weights(self, folder: Path) -> int:

@@ -227,20 +227,20 @@ def replay(
     rows = [dataclasses.replace(e, row=p["row"]) for e, p in zip(rows, golden["prompts"], strict=True)]
     answers = _answers(model, task, rows, golden["length"], golden["limit"])
     largest, differences, same = 0.0, list[float](), 0
-    rounding = made.tolerance(folder, settings)
-    repeated = _REPEATED_ROUNDED if made.lossy else max(_REPEATED, rounding)
+    rounding, loose = made.tolerance(folder, settings), made.rounds(settings)
+    repeated = _REPEATED_ROUNDED if loose else max(_REPEATED, rounding)
     for prompt, answer in zip(golden["prompts"], answers, strict=True):
         different = _differences(prompt["run"]["outputs"], answer["outputs"])
         largest, differences = max(largest, *different), [*differences, sum(different) / len(different)]
         same += answer.get("continuation") == prompt["run"].get("continuation")
-        problem = _problem(prompt["run"], answer, math.inf if made.lossy else rounding, exact=not made.lossy)
+        problem = _problem(prompt["run"], answer, math.inf if loose else rounding, exact=not loose)
         if problem is None and repeat:
-            problem = _problem(prompt["artefact"], answer, repeated, exact=not made.lossy)
+            problem = _problem(prompt["artefact"], answer, repeated, exact=not loose)
         if problem is not None:
             problems.add(_shown(prompt, problem))
             break
     mean = sum(differences) / len(differences)
-    if not problems.found and made.lossy and not mean <= rounding:
+    if not problems.found and loose and not mean <= rounding:
         problems.add(f"its probabilities are {mean:.2g} from those of the run in the mean, where {rounding:.2g} is allowed")
     problems.raise_as(CheckpointError)
     texts = sum(prompt["run"].get("continuation") is not None for prompt in golden["prompts"])

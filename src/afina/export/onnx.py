@@ -203,6 +203,10 @@ class OnnxModel:
     def get_output_embeddings(self) -> None:
         """Its head is a part of the graph."""
 
+    def modules(self) -> Iterator[Any]:
+        """Its layers are parts of the graph."""
+        return iter(())
+
     def _run(self, name: str, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
         session = self.sessions[name]
         wanted = [value.name for value in session.get_inputs()]
