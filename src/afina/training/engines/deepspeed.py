@@ -9,6 +9,7 @@ https://arxiv.org/abs/1910.02054, https://arxiv.org/abs/2101.06840
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import os
 import sys
@@ -38,16 +39,17 @@ class Zero2(Engine):
         deepspeed = _deepspeed()
         super().__init__(precision, offload=offload)
         group_of_one(self.device)
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # on a CPU it would be compiled first
         deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
 
     def _build(self, model: Any, optimizers: Optimizers, idle: bool) -> None:
         made = optimizers(self.trained)
         self.order = [p for group in made.param_groups for p in group["params"]]
         self.template = copy.deepcopy(made.state_dict())
-        self.largest_norm = 0.0
-        self.wrapped, self.optimizer, _, _ = _deepspeed().initialize(
-            model=Work(model), optimizer=made, config=self._config(), dist_init_required=False
-        )
+        with _launched():
+            self.wrapped, *_ = _deepspeed().initialize(
+                model=Work(model), optimizer=made, config=self._config(), dist_init_required=False
+            )
 
     def _config(self) -> dict[str, Any]:
         host = {"device": "cpu", "pin_memory": self.device.type != "cpu"}
@@ -123,6 +125,7 @@ class Zero2(Engine):
         if kept:
             moments = [key for key, value in kept[0].items() if isinstance(value, torch.Tensor) and value.dim() > 0]
             numbers = {key: copy.deepcopy(value) for key, value in kept[0].items() if key not in moments}
+            self._link()
             for i, parameter in enumerate(self.order):
                 whole = {key: safe_get_full_optimizer_state(parameter, key).cpu().clone() for key in moments}
                 state[i] = {**copy.deepcopy(numbers), **whole}
@@ -147,6 +150,8 @@ class Zero2(Engine):
         return list(self.wrapped.optimizer.single_partition_of_fp32_groups)
 
     def _link(self) -> None:
+        """Let the weights know their state: DeepSpeed does so after the step of the first group, when others have none."""
+        self.wrapped.optimizer._hp_optimizer_states_linked = False
         self.wrapped.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _set(self, parameter: Any, value: torch.Tensor, key: str) -> None:
@@ -196,28 +201,22 @@ class Zero3(Zero2):
         return self.wrapped(ask, batch) if self.wrapped is not None else ask(model, batch)
 
     def _gathered(self) -> dict[str, torch.Tensor]:
-        from deepspeed.zero import GatheredParameters
-
         made = {}
         for name, parameter in self.trained.items():
-            with GatheredParameters([parameter]):
+            with _gathered([parameter]):
                 made[name] = parameter.detach().cpu().clone()
         return made
 
     @torch.no_grad()
     def put(self, weights: Mapping[str, torch.Tensor]) -> None:  # noqa: D102
-        from deepspeed.zero import GatheredParameters
-
         for name, parameter in self.trained.items():
-            with GatheredParameters([parameter], modifier_rank=0):
+            with _gathered([parameter], modifier_rank=0):
                 parameter.copy_(weights[name])
 
     @contextmanager
     def whole(self) -> Iterator[None]:  # noqa: D102
-        from deepspeed.zero import GatheredParameters
-
-        self.weights()  # whole and of the right sizes
-        with GatheredParameters(list(self.trained.values())):
+        self.weights()  # which checks their sizes
+        with _gathered(self.saved()):
             yield
 
     def _flat(self) -> list[Any]:
@@ -234,16 +233,33 @@ class Zero3(Zero2):
         safe_set_local_optimizer_state(parameter, padded.narrow(0, size * self.process, size), key)
 
 
+@contextmanager
+def _launched() -> Iterator[None]:
+    """DeepSpeed refuses to begin without a launcher's variable, which would make others look for a launcher's group."""
+    known = "LOCAL_RANK" in os.environ
+    os.environ.setdefault("LOCAL_RANK", "0")
+    try:
+        yield
+    finally:
+        if not known:
+            del os.environ["LOCAL_RANK"]
+
+
+def _gathered(parameters: list[Any], **options: Any) -> Any:
+    """A context in which these parameters are whole; with `modifier_rank`, what that process puts into them stays."""
+    return _deepspeed().zero.GatheredParameters(parameters, **options)
+
+
 def _deepspeed() -> Any:
     """DeepSpeed, which talks to standard output while it is imported and after."""
     try:
-        with open(os.devnull, "w", encoding="utf-8") as nothing, redirect_stdout(nothing):
+        with redirect_stdout(io.StringIO()):
             import deepspeed
     except ImportError as error:
         raise MissingDependencyError("deepspeed", "deepspeed", "an engine of DeepSpeed (zero2, zero3)") from error
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.ERROR)
-    for handler in logger.handlers:  # made while standard output was another
+    for handler in logger.handlers:  # which speaks to standard output
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(sys.stderr)
     return deepspeed

@@ -196,9 +196,15 @@ class Engine(ABC):
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         """Go on from there."""
 
+    def saved(self) -> list[Any]:
+        """Parameters that saving looks at: the trained ones, and the embeddings, which are saved where they were enlarged."""
+        tables = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
+        found = {id(p): p for p in self.trained.values()}
+        return list((found | {id(p): p for table in tables if table is not None for p in table.parameters()}).values())
+
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """The model's trained parameters are whole inside the block, so that they can be saved. All processes must enter."""
+        """The `saved` parameters are whole inside the block. All processes must enter."""
         yield
 
     # --- what was built

@@ -121,14 +121,16 @@ class FSDP2(Engine):
     @contextmanager
     def whole(self) -> Iterator[None]:  # noqa: D102
         self._divide()
-        weights, kept = self.weights(), []
-        by_parameter = {id(p): weights[name] for name, p in self.trained.items()}
-        for module in self.model.modules():
-            for name, parameter in module._parameters.items():
-                if id(parameter) in by_parameter:
-                    kept.append((module, name, parameter))
+        self.weights()  # which checks their sizes
+        whole = {id(p): nn.Parameter(_whole(p), requires_grad=p.requires_grad) for p in self.saved()}
+        kept = [
+            (module, name, parameter)
+            for module in self.model.modules()
+            for name, parameter in module._parameters.items()
+            if id(parameter) in whole
+        ]
         for module, name, parameter in kept:
-            module._parameters[name] = nn.Parameter(by_parameter[id(parameter)])
+            module._parameters[name] = whole[id(parameter)]
         try:
             yield
         finally:
