@@ -12,6 +12,7 @@ import platform
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,6 +39,7 @@ from afina.errors import (
 from afina.functions import get_peft_model
 from afina.memory.checkpointing import checkpoint_blocks
 from afina.memory.loading import check_library
+from afina.memory.measure import release
 from afina.memory.offload import check_offload, offload_activations
 from afina.memory.storage import Storage, settled_weights
 from afina.model import PeftModel
@@ -245,7 +247,7 @@ class Run:
         """Train, test, save, read back; returns what `metrics.json` holds."""
         asked = self.recipe.distributed
         engine = make_engine(self.precision, asked.engine, offload=asked.offload)
-        with told_of_lost_processes(engine):
+        with told_of_lost_processes(engine), closing(engine):
             return self._executed(engine, tell)
 
     def _executed(self, engine: Engine, tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -299,7 +301,6 @@ class Run:
             write_report(self.output)
             write_card(self.output)
         engine.wait()
-        engine.close()
         return metrics
 
     def _settle(self, engine: Engine) -> None:
@@ -394,6 +395,9 @@ class Run:
         Raises CheckpointError where the answers differ by more than rounding.
         """
         device, folder, rows = engine.device, self.output / ADAPTER, self.rows["test"]
+        if engine.name == "ddp":  # the memory of one base is enough for both
+            _emptied(self.model)
+            release(device)
         task = task_from_settings(self.task.settings(), load_tokenizer(self.source, folder))
         task.storage = self.task.storage
         fresh = PeftModel.from_pretrained(task.load_model(self.source.path), folder, tokenizer=task.tokenizer).to(device)
@@ -408,7 +412,15 @@ class Run:
                 f"{folder}, read back, does not answer as the model that was trained: probabilities differ by up to "
                 f"{difference:.2g}. Do not use it, and please report this"
             )
+        self.model = fresh
         return {"rows": len(again[:_COMPARED]), "largest_difference": difference}
+
+
+def _emptied(model: torch.nn.Module) -> None:
+    """Let the weights of a model go, whoever still holds it."""
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            held.update(dict.fromkeys(held))
 
 
 def _check_output(output: Path, problems: Problems, *, overwrite: bool, resume: bool) -> None:
