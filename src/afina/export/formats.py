@@ -5,13 +5,14 @@ from __future__ import annotations
 from afina.errors import ConfigError, did_you_mean
 from afina.export.format import Format
 from afina.export.gguf import Gguf
+from afina.export.gguf_adapter import GgufAdapter
 from afina.export.int8 import Int8
 from afina.export.merged import Merged
 from afina.export.onnx import Onnx, OnnxInt8
 
 __all__ = ["FORMATS", "find_format"]
 
-FORMATS: dict[str, Format] = {made.name: made for made in (Merged(), Int8(), Onnx(), OnnxInt8(), Gguf())}
+FORMATS: dict[str, Format] = {made.name: made for made in (Merged(), Int8(), Onnx(), OnnxInt8(), Gguf(), GgufAdapter())}
 
 
 def find_format(name: str) -> Format:

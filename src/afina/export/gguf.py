@@ -5,11 +5,14 @@ llama.cpp is here: Llama's queries and keys, whose rotation pairs neighbouring r
 GPT-2's transposed layers; norms of Gemma, which count from one. Tensors of one dimension stay float32; matrices whose rows
 do not divide into a type's blocks become f16. A tensor at a time is in memory.
 
-What was written is read back by transformers (`from_pretrained(gguf_file=)`), tokenizer included, and compared.
+What was written is read back by transformers (`from_pretrained(gguf_file=)`) and, tokenizer, template and stop tokens, by
+gguf's own reader, and compared.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +25,7 @@ from afina.errors import CheckpointError, ConfigError, MissingDependencyError, d
 from afina.export.format import Format, Settings, Source
 from afina.tasks.task import Task
 
-__all__ = ["ARCHITECTURES", "QUANTISATIONS", "Gguf", "add_architecture", "architecture_of", "converted"]
+__all__ = ["ARCHITECTURES", "QUANTISATIONS", "Gguf", "add_architecture", "architecture_of", "converted", "read_tokenizer"]
 
 FILE = "model.gguf"
 ARCHITECTURES = {
@@ -238,6 +241,56 @@ def _splitting(pre: Any) -> str:
     )
 
 
+def read_tokenizer(file: Path) -> Any:
+    """A tokenizer that splits text as llama.cpp does by what is in the file.
+
+    transformers' own reader puts no space in front of a text that follows a special token, which llama.cpp does.
+    """
+    import gguf
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    fields = gguf.GGUFReader(file).fields
+
+    def said(name: str, default: Any = None) -> Any:
+        return fields[f"tokenizer.{name}"].contents() if f"tokenizer.{name}" in fields else default
+
+    tokens, kinds = said("ggml.tokens"), said("ggml.token_type")
+    bytes_ = said("ggml.model") == "gpt2"
+    merges = [tuple(merge.split(" ")) for merge in said("ggml.merges", [])]
+    own = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != UNUSED}
+    named = {name: said(f"ggml.{key}_token_id")
+             for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))}  # fmt: skip
+    unknown = tokens[named["unk"]] if named["unk"] is not None else None
+    if not merges and not bytes_:
+        made = Tokenizer(models.Unigram(list(zip(tokens, said("ggml.scores"), strict=True)), named["unk"], byte_fallback=True))
+    else:
+        made = Tokenizer(models.BPE(own, merges, unk_token=unknown, byte_fallback=not bytes_, fuse_unk=not bytes_))
+    if bytes_:
+        pattern = GGUF_PRE_TOKENIZER_SPLITS.get(said("ggml.pre"))
+        level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+        split = [] if pattern is None else [pre_tokenizers.Split(Regex(pattern), behavior="isolated")]
+        made.pre_tokenizer = pre_tokenizers.Sequence([*split, level])
+        made.decoder = decoders.ByteLevel()
+    else:
+        front = [normalizers.Prepend("▁")] if said("ggml.add_space_prefix", True) else []
+        made.normalizer = normalizers.Sequence([*front, normalizers.Replace(" ", "▁")])
+        strip = [decoders.Strip(" ", 1, 0)] if front else []
+        made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    for special in (True, False):
+        wanted = (CONTROL, UNKNOWN) if special else (USER_DEFINED,)
+        chosen = [AddedToken(t, normalized=False, special=special) for t, k in zip(tokens, kinds, strict=True) if k in wanted]
+        (made.add_special_tokens if special else made.add_tokens)(chosen)
+    if said("ggml.add_bos_token"):
+        begin = tokens[named["bos"]]
+        made.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, named["bos"])])
+    names = {f"{name}_token": tokens[number] for name, number in named.items() if number is not None}
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=made, **names)
+    wrapped.chat_template = said("chat_template")
+    return wrapped
+
+
 # --- the format
 
 
@@ -313,20 +366,22 @@ class Gguf(Format):
 
     def load(self, folder: Path, task: Task) -> Any:
         """By transformers, every weight as float32."""
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=FILE, dtype=torch.float32, output_loading_info=True
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar
+            config = AutoConfig.from_pretrained(folder, gguf_file=FILE)
+            if config.model_type == "gpt2":  # read as the one, used as the other
+                config.n_positions = config.n_ctx
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=FILE, config=config, dtype=torch.float32, output_loading_info=True
+            )
         if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:
             raise CheckpointError(f"{folder / FILE} was read by transformers, but lacks {shortened(wrong)}")
         return model.eval()
 
     def tokenizer(self, folder: Path) -> Any:
-        """As transformers makes it of what is in the file."""
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
+        """See `read_tokenizer`."""
+        return read_tokenizer(folder / FILE)
 
     def stops(self, model: Any) -> list[int]:
         """The tokens that the file names as ends."""
