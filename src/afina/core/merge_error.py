@@ -2,15 +2,20 @@
 
 A merged weight that is stored in 8 or 4 bits is rounded to the steps of its storage. An adapter changes a weight by little,
 often by less than half a step, and then most of it is rounded away while the outputs hardly move: an error of 1 % beside
-the weights can be all that was learned. So two figures are given:
+the weights can be all that was learned. So two figures are given, of the whole model's outputs where there are batches:
 
     error   |merged - unmerged| / |unmerged|         of the outputs
     lost    |merged - unmerged| / |unmerged - base|  of what the adapter does: 0 is nothing, 1 as much as all of it
 
-For a layer both are those of its outputs for random (white) inputs, for which the expected norm of `W x` is the Frobenius
-norm of `W`: nothing has to be run. With batches they are also those of the whole model's outputs, which is what counts: what
-was learned points into the directions that real inputs have, rounding points anywhere. `lost` is judged against
-`max_error`, on the outputs of the model where they were measured, else on all layers together.
+and of each layer without running anything, for random (white) inputs, for which the expected norm of `W x` is the Frobenius
+norm of `W`. There, with D what the adapter adds to the weight and R what rounding adds,
+
+    error   |R| / |W + D|
+    lost    -<R, D> / <D, D>   the share of D that is gone: 1 where every value falls back to what it was
+
+since rounding that points anywhere (int8) does little harm in the few directions that were learned, and rounding against D
+(4 bits, whose steps are wider than what is learned) undoes it. `lost` is judged against `max_error`: on the outputs of the
+model where they were measured, else on all layers together.
 """
 
 from __future__ import annotations
@@ -46,6 +51,7 @@ class LayerError:
     rounded: float  # Frobenius norm of what rounding adds to the merged weight
     change: float  # of what the adapter adds to the weight
     weight: float  # of the merged weight
+    undone: float  # minus the inner product of what rounding and what the adapter add
 
     @property
     def error(self) -> float:
@@ -54,8 +60,8 @@ class LayerError:
 
     @property
     def lost(self) -> float:
-        """Of what the adapter does, relative."""
-        return _ratio(self.rounded, self.change)
+        """Share of what the adapter adds that is gone."""
+        return abs(_ratio(self.undone, self.change**2))
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class MergeReport:
         """The figure that is judged: of the model's outputs where they were measured, else of all layers together."""
         if self.outputs is not None and self.outputs.lost is not None:
             return self.outputs.lost
-        return _ratio(_norm(layer.rounded for layer in self.layers), _norm(layer.change for layer in self.layers))
+        return abs(_ratio(sum(layer.undone for layer in self.layers), sum(layer.change**2 for layer in self.layers)))
 
     @property
     def error(self) -> float:
@@ -129,11 +135,10 @@ class MergeReport:
                 f"outputs of the model     error {self.outputs.error:.2%}{lost}; the same first choice at "
                 f"{self.outputs.agreement:.1%} of {self.outputs.positions} positions"
             )
-        rounded, change = _norm(x.rounded for x in self.layers), _norm(x.change for x in self.layers)
-        error = _ratio(rounded, _norm(x.weight for x in self.layers))
+        without = MergeReport(self.names, self.layers)
         lines.append(
-            f"{len(self.layers)} layers in {self.storages}, for random inputs: error {error:.2%}, "
-            f"{_share(_ratio(rounded, change))} of what the adapter does"
+            f"{len(self.layers)} layers in {self.storages}, for random inputs: error {without.error:.2%}, "
+            f"{_share(without.lost)} of what the adapter does"
         )
         lines += [f"  {layer.path}: error {layer.error:.2%}, {_share(layer.lost)}" for layer in self._worst()]
         return "\n".join(lines)
@@ -157,8 +162,9 @@ def rounding(adapters: AdapterSet, names: Sequence[str] | None = None) -> MergeR
             for adapter in mine:
                 after, bias = adapter.merge_into(after, bias)
             stored = _written(layer.base_layer, after)
-            norms = [float(t.norm()) for t in (stored - after, after - before, after)]
-            report.layers.append(LayerError(key, codec.name, *norms))
+            rounded, change = stored - after, after - before
+            norms = [float(t.norm()) for t in (rounded, change, after)]
+            report.layers.append(LayerError(key, codec.name, *norms, undone=-float((rounded * change).sum())))
     return report
 
 
