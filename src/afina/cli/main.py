@@ -9,6 +9,7 @@ import typer
 
 from afina import __version__
 from afina.cli import check, compare, evaluate, methods, predict, prepare, report, serve, targets, tasks, train
+from afina.cli.launch import LOST
 from afina.cli.show import fail
 from afina.errors import AfinaError, LostProcessError
 
@@ -59,8 +60,8 @@ def main() -> None:
         if debug:
             raise
         if isinstance(error, LostProcessError) and error.told:
-            sys.exit(1)
-        fail(str(error))
+            sys.exit(LOST)
+        fail(str(error), LOST if isinstance(error, LostProcessError) else 1)
     except KeyboardInterrupt:
         fail("stopped")
     except Exception as error:

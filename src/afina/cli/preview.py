@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from afina.cli.show import heading, pairs, table
@@ -75,12 +76,30 @@ def show_plan(run: Run) -> None:
             "base": f"frozen weights in {recipe.memory.weights}"
             + (", blocks computed again in backward" if recipe.memory.gradient_checkpointing else ""),
             "optimizer": f"{options.optimizer}, {options.schedule} schedule",
+            **_processes(recipe),
             "kept": f"the weights with the best {options.best} on the validation rows, read every "
             f"{options.evaluate_every:g} {options.evaluate_unit}"
             + (f"; ends after {options.patience} readings without a better one" if options.patience else ""),
             **({"output": run.output} if run.output.name else {}),
         }
     )
+
+
+def _processes(recipe: Any) -> dict[str, str]:
+    """How many share a step and how, where there is something to say."""
+    count, asked = int(os.environ.get("WORLD_SIZE", "1")), recipe.distributed
+    if count == 1 and asked.engine == "ddp":
+        return {}
+    how = {
+        "ddp": "a whole model in each",
+        "fsdp2": "weights, gradients and optimizer in shards",
+        "zero2": "a whole model in each, gradients and optimizer in shards",
+        "zero3": "weights, gradients and optimizer in shards",
+    }[asked.engine]
+    where = ", in the host's memory" if asked.offload else ""
+    rows = recipe.training.rows
+    share = f"; of the {rows} rows of a step each computes {-(-rows // count)}" if count > 1 else ""
+    return {"processes": f"{count}, {asked.engine}: {how}{where}{share}"}
 
 
 def _parts(options: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -16,12 +17,14 @@ def console(*, stderr: bool = False) -> Any:
     return Console(stderr=stderr, highlight=False, soft_wrap=True)
 
 
-def fail(message: str) -> NoReturn:
-    """Print an error in red and leave with code 1."""
+def fail(message: str, code: int = 1) -> NoReturn:
+    """Print an error in red, with the process that it is of where it is not the first, and leave."""
     from rich.text import Text
 
-    console(stderr=True).print(Text(f"Error: {message}", style="red"))
-    sys.exit(1)
+    process = os.environ.get("RANK", "0")
+    of = "" if process == "0" else f" in process {process} of {os.environ.get('WORLD_SIZE', '?')}"
+    console(stderr=True).print(Text(f"Error{of}: {message}", style="red"))
+    sys.exit(code)
 
 
 def heading(text: str) -> None:
@@ -66,7 +69,6 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Seque
 def quiet() -> None:
     """Keep other libraries from talking over the command: their news is checked and told by afina."""
     import logging
-    import os
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

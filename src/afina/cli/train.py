@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import shlex
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from afina.cli.assignments import PLACES, assemble, typed_as
+from afina.cli.launch import are_to_be_started, command_again, end_with_the_launcher, launch
 from afina.cli.preview import MOST_CLASSES, show_plan
 from afina.cli.show import console, heading, pairs, quiet, table
+from afina.memory.sizes import shown_size
 
 if TYPE_CHECKING:
     from afina.training.run import Run
@@ -50,6 +52,9 @@ def train(
         str | None, typer.Option(help="Storage of the frozen weights: fp32, bf16, fp16, int8, nf4, ... (default: auto)")
     ] = None,
     engine: Annotated[str | None, typer.Option(help="Of several processes: ddp, fsdp2, zero2, zero3 (default: ddp)")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes of this machine that share each step; more machines: see the docs.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the split, new weights and order (default: 0)")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in the output folder.")] = False,
     resume: Annotated[
@@ -67,6 +72,9 @@ def train(
     """
     given = {name: value for name, value in locals().items() if name in PLACES and value is not None}
     started = time.perf_counter()
+    if processes is not None and are_to_be_started(processes):
+        raise typer.Exit(launch(processes, sys.argv[1:]))
+    end_with_the_launcher()
     quiet()
     from afina.errors import Problems, StoppedError
     from afina.training.progress import Progress
@@ -94,13 +102,18 @@ def train(
             metrics = run.execute(progress)
     except StoppedError as stop:
         if speaks:
-            processes = os.environ.get("WORLD_SIZE", "1")
-            start = ["afina"] if processes == "1" else ["torchrun", "--nproc-per-node", processes, "-m", "afina"]
-            again = shlex.join([*start, "train", "--resume", "--output", str(output)])
-            console(stderr=True).print(f"\n{stop}. To go on:\n  {again}", markup=False)
+            console(stderr=True).print(f"\n{stop}. To go on:\n  {command_again(output)}", markup=False)
         raise typer.Exit(128 + stop.signal) from None
     if speaks:
         show_outcome(run, metrics, time.perf_counter() - started)
+
+
+def _shared(train: dict[str, Any]) -> dict[str, str]:
+    """What was built of several processes, or of an engine that was asked for."""
+    if train["processes"] == 1 and train["engine"] == "ddp":
+        return {}
+    held = f"{shown_size(train['weights_bytes_of_a_process'])} of {shown_size(train['weights_bytes'])} of weights in each"
+    return {"processes": f"{train['processes']}, {train['engine']}: {held}"}
 
 
 def show_outcome(run: Run, metrics: dict[str, Any], seconds: float) -> None:
@@ -130,6 +143,7 @@ def show_outcome(run: Run, metrics: dict[str, Any], seconds: float) -> None:
             "took": f"{seconds:.0f} s, training {train['seconds']:.0f} s{' in all' if run.resume else ''}, "
             f"{train['tokens_per_second']:,.0f} tokens/s, "
             f"{train['peak_memory_bytes'] / 2**30:.1f} GiB at most",
+            **_shared(train),
             "adapter": f"{run.output / 'adapter'} ({size / 2**20:.1f} MiB; loaded again and compared: {same})",
             "report": run.output / "report.html",
             "figures": run.output / "metrics.json",

@@ -38,6 +38,8 @@ class Zero2(Engine):
     def __init__(self, precision: str, *, offload: bool = False):
         deepspeed = _deepspeed()
         super().__init__(precision, offload=offload)
+        self.unlaunched = "LOCAL_RANK" not in os.environ
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for a launcher's variable all the time
         group_of_one(self.device)
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # on a CPU it would be compiled first
         deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
@@ -46,10 +48,9 @@ class Zero2(Engine):
         made = optimizers(self.trained)
         self.order = [p for group in made.param_groups for p in group["params"]]
         self.template = copy.deepcopy(made.state_dict())
-        with _launched():
-            self.wrapped, *_ = _deepspeed().initialize(
-                model=Work(model), optimizer=made, config=self._config(), dist_init_required=False
-            )
+        self.wrapped, *_ = _deepspeed().initialize(
+            model=Work(model), optimizer=made, config=self._config(), dist_init_required=False
+        )
 
     def _config(self) -> dict[str, Any]:
         host = {"device": "cpu", "pin_memory": self.device.type != "cpu"}
@@ -163,6 +164,8 @@ class Zero2(Engine):
         if self.wrapped is not None:
             self.wrapped.destroy()
             self.wrapped = None
+        if self.unlaunched:  # which would make others look for a launcher's group
+            os.environ.pop("LOCAL_RANK", None)
 
 
 class Zero3(Zero2):
@@ -231,18 +234,6 @@ class Zero3(Zero2):
         size = parameter.ds_tensor.numel()
         padded = F.pad(value.flatten(), (0, size * self.processes - value.numel()))
         safe_set_local_optimizer_state(parameter, padded.narrow(0, size * self.process, size), key)
-
-
-@contextmanager
-def _launched() -> Iterator[None]:
-    """DeepSpeed refuses to begin without a launcher's variable, which would make others look for a launcher's group."""
-    known = "LOCAL_RANK" in os.environ
-    os.environ.setdefault("LOCAL_RANK", "0")
-    try:
-        yield
-    finally:
-        if not known:
-            del os.environ["LOCAL_RANK"]
 
 
 def _gathered(parameters: list[Any], **options: Any) -> Any:
