@@ -21,11 +21,9 @@ def told_of_lost_processes(engine: Engine) -> Iterator[None]:
     except AfinaError:
         raise
     except RuntimeError as error:
-        text = str(error)
-        if engine.processes == 1 or not any(sign in text.lower() for sign in _SIGNS):
+        if engine.processes == 1 or not any(sign in str(error).lower() for sign in _SIGNS):
             raise
         raise LostProcessError(
-            f"process {engine.process} lost the others, of {engine.processes} in all: one of them has ended or cannot be "
-            f"reached, and what that one said is the cause ({text.strip().splitlines()[0][:160]}). `--resume` goes on from "
-            "the last checkpoint"
+            f"process {engine.process} lost another one of {engine.processes}, which has ended or cannot be reached and may "
+            "have said why; `--resume` goes on from the last checkpoint"
         ) from error
