@@ -12,14 +12,16 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from afina.core.dequantise import dequantised
 from afina.core.files import write_atomically
+from afina.core.merge_error import OutputError, difference, outputs_of, rounding
 from afina.data.example import Example
 from afina.data.read import read_table
 from afina.errors import CheckpointError, ConfigError, MergeError, Problems
@@ -28,15 +30,18 @@ from afina.export.formats import find_format
 from afina.export.golden import Replay, chosen, read_golden, record, replay, write_golden
 from afina.export.measures import Speed, alternated, drop, figures_of
 from afina.export.merged import asked_dtype, read_merged, write_merged
-from afina.memory.storage import FLOATS, Storage
+from afina.memory.storage import FLOATS, Storage, stored_as
 from afina.model import PeftModel
+from afina.tasks.catalogue import task_from_settings
 from afina.tasks.task import Encoded
-from afina.training.models import find_model, load_config
+from afina.training.models import find_model, load_config, load_tokenizer
+from afina.training.recipe import read_recipe
 from afina.training.trained import TrainedRun
 
 __all__ = ["Exported", "export", "verify"]
 
 REPORT = "export.json"
+_COMPARED = 32  # features whose outputs are compared where a quantised base is merged
 Tell = Callable[[str], None]
 
 
@@ -76,12 +81,14 @@ def export(
     _check_output(output, overwrite)
     dtype = asked_dtype(settings.dtype)
     trained = TrainedRun.load(run)
-    _check_base(trained, settings)
+    settings = replace(settings, stored=trained.task.storage.weights)
+    _check_base(settings)
+    measured = made.rounds(settings) or (settings.quantised and made.merged)
     made.check(trained.task, trained.model.get_base_model().config, settings)
     if made.merged:
         _check_mergeable(trained)
     tell("asking the model of the run")
-    known = _ask(trained, measured=made.rounds(settings))
+    known = _ask(trained, measured=measured)
     task, model = trained.task, trained.model
     output.parent.mkdir(parents=True, exist_ok=True)
     with _beside(output) as (work, artefact):
@@ -96,12 +103,12 @@ def export(
         source = Source(work, run, task, settings, notes)
         merged_bytes = sum(p.stat().st_size for p in work.rglob("*") if p.is_file())
         tell(f"writing {made.name}")
-        before = read_merged(work) if made.rounds(settings) and made.merged else None
+        before = read_merged(work) if made.rounds(settings) else None
         made.write(source, artefact)
         tell("asking what was written")
         replayed, loaded, own = replay(made, artefact, known.golden, settings)
         done = Exported(output, name, made.weights(artefact), merged_bytes, replayed, notes=source.notes)
-        if made.rounds(settings):
+        if measured:
             _measure(done, known, own, loaded, before, settings)
         golden = {**known.golden, "format": name, "settings": _said(settings)}
         for prompt, answer in zip(golden["prompts"], replayed.answers, strict=True):
@@ -140,11 +147,11 @@ def _check_output(output: Path, overwrite: bool) -> None:
             raise ConfigError(f"--output {output} holds no export of afina, so --overwrite does not touch it; take another")
 
 
-def _check_base(trained: TrainedRun, settings: Settings) -> None:
-    stored = trained.task.storage.weights
+def _check_base(settings: Settings) -> None:
+    stored = settings.stored
     if settings.base is not None and settings.base not in ("quantised", "pristine"):
         raise ConfigError(f"--base {settings.base}: expected quantised or pristine")
-    if settings.base is not None and stored in FLOATS:
+    if settings.base is not None and not settings.quantised:
         raise ConfigError(f"--base {settings.base}: the base of this run is not quantised (it is {stored}); leave --base out")
 
 
@@ -210,20 +217,79 @@ def _beside(output: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def _merge(run: Path, known: _Known, work: Path, settings: Settings, dtype: torch.dtype | None) -> list[str]:
-    """The merged model into `work`, in the type of the checkpoint, from which it is read as it is walked."""
-    fresh = _reload(run)
-    if dtype is None and fresh.task.storage.dtype == torch.float32:
-        dtype = None  # the checkpoint's own
-    write_merged(fresh.model, fresh.task, work, dtype=dtype)
-    return []
+    """The merged model into `work`; returns what is to be told of it.
+
+    Over a base in floating point: in the type of the checkpoint, from which it is read as it is walked. Over a quantised one:
+    onto the values that its weights stand for, or onto the checkpoint's own; both are compared with the run's model (T18).
+    """
+    if not settings.quantised:
+        fresh = _reload(run)
+        write_merged(fresh.model, fresh.task, work, dtype=dtype)
+        return []
+    torch.manual_seed(0)  # of a head that only the adapter has values for
+    trained = TrainedRun.load(run)
+    base = settings.base or "quantised"
+    task, model = trained.task, trained.model.to("cpu").eval()
+    seen = known.encoded.features[:_COMPARED]
+    batches = [_inputs(task.collate([{**f, "row": 0}])) for f in seen]
+    apart = outputs_of(model, batches, _outputs)
+    with model.disable_adapter():
+        alone = outputs_of(model, batches, _outputs)
+    said = {"stored again": str(rounding(model.adapters)).splitlines()[0]}
+    found: dict[str, OutputError] = {}
+    if base == "quantised":
+        write_merged(model, task, work, dtype=dtype)
+        del trained, model
+        gc.collect()
+        found[base] = difference(outputs_of(read_merged(work), batches, _outputs), apart, alone)
+    else:
+        dequantised(model.get_base_model())
+        found["quantised"] = difference(outputs_of(model, batches, _outputs), apart, alone)
+        del trained, model
+        gc.collect()
+    if stored_as(load_config(find_model(read_recipe(run / "recipe.yaml").model))) is None:
+        pristine = _reload(run)
+        found["pristine"] = difference(outputs_of(pristine.model.eval(), batches, _outputs), apart, alone)
+        if base == "pristine":
+            write_merged(pristine.model, pristine.task, work, dtype=dtype)
+        del pristine
+    elif base == "pristine":
+        raise ConfigError("--base pristine: the checkpoint itself is quantised, so there are no 16-bit weights; leave --base out")
+    titles = {"quantised": f"onto what the {settings.stored} weights stand for", "pristine": "onto the checkpoint's own weights"}
+    notes = [
+        f"merged {titles[key]} (--base {key}): outputs differ by {one.error:.2%} from the run's, which is {one.lost or 0:.1%} of "
+        f"what the adapter does; the same first choice at {one.agreement:.1%} of {one.positions} places"
+        f"{'' if key != base else '; this is what was taken'}"
+        for key, one in found.items()
+    ]
+    notes.append(f"merged and stored in {settings.stored} again it would be: {said['stored again']}")
+    lost = found[base].lost or 0.0
+    if lost > settings.max_error:
+        other = next((key for key in found if key != base), None)
+        cure = f"take --base {other}, or accept it with --max-error {lost:.2f}" if other else f"accept it: --max-error {lost:.2f}"
+        raise MergeError(
+            f"merging loses {lost:.0%} of what the adapter does, --max-error allows {settings.max_error:.0%} (T17, T18). Nothing "
+            "was written.\n" + "\n".join(f"  {note}" for note in notes) + f"\nTo go on, {cure}"
+        )
+    return notes
+
+
+def _inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What of a batch the model itself reads."""
+    names = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids")
+    return {name: batch[name] for name in names if name in batch}
+
+
+def _outputs(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Scores, or hidden states where there are none."""
+    said = model(**batch)
+    if "start_logits" in said:
+        return torch.stack([said.start_logits, said.end_logits], dim=1)
+    return said.logits if "logits" in said else said.last_hidden_state  # type: ignore[no-any-return]
 
 
 def _reload(run: Path) -> TrainedRun:
     """The run again, on a base in the type its checkpoint has: nothing is converted, so nothing is read before its turn."""
-    from afina.tasks.catalogue import task_from_settings
-    from afina.training.models import load_tokenizer
-    from afina.training.recipe import read_recipe
-
     recipe = read_recipe(run / "recipe.yaml")
     source = find_model(recipe.model)
     settings = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["task"]

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from afina.core.merge_error import MAX_ERROR
 from afina.errors import CheckpointError
+from afina.memory.storage import FLOATS
 from afina.tasks.task import Task
 
 __all__ = ["Format", "Settings", "Source", "model_class"]
@@ -21,13 +23,20 @@ __all__ = ["Format", "Settings", "Source", "model_class"]
 @dataclass(frozen=True)
 class Settings:
     """What was asked for. `base`: into which weights adapters of a quantised base are merged; `max_drop`: see `limits.py`;
-    `dtype`: of a merged model's weights (auto: the checkpoint's own); `quantisation`: of GGUF's weights."""
+    `dtype`: of a merged model's weights (auto: the checkpoint's own); `quantisation`: of GGUF's weights; `max_error`: of what
+    the adapter does, how much a merge may lose."""
 
     max_drop: float = 0.005
     base: str | None = None
     dtype: str = "auto"
     quantisation: str = "f16"
-    max_error: float = 0.1
+    max_error: float = MAX_ERROR
+    stored: str = "fp32"  # how the run's base is stored; not asked for
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the run's base is stored in fewer than 16 bits, so that a merge in floating point is another model."""
+        return self.stored not in FLOATS
 
 
 @dataclass

@@ -34,6 +34,8 @@ VERSION = 1
 _TOKENS = 24  # written on of a golden prompt
 _WINDOWS = 3  # features of one row at most
 _OF_EACH = 4  # labels that have a row of their own
+_EXACT = 1e-3  # where probabilities may differ by more, tokens that are as likely as each other may change places
+_MERGED = 0.2  # of probabilities, in the mean, where a quantised base became a floating-point one
 _REPEATED = 1e-3  # an artefact repeats its own answers within this
 _REPEATED_ROUNDED = 2e-2  # where activations are rounded too, which another CPU does differently
 
@@ -227,15 +229,18 @@ def replay(
     rows = [dataclasses.replace(e, row=p["row"]) for e, p in zip(rows, golden["prompts"], strict=True)]
     answers = _answers(model, task, rows, golden["length"], golden["limit"])
     largest, differences, same = 0.0, list[float](), 0
-    rounding, loose = made.tolerance(folder, settings), made.rounds(settings)
+    rounding, loose = made.tolerance(folder, settings), made.rounds(settings) or settings.quantised
+    if settings.quantised:  # what may be lost was measured when it was merged
+        rounding = max(rounding, _MERGED)
+    exact = not loose and rounding <= _EXACT
     repeated = _REPEATED_ROUNDED if loose else max(_REPEATED, rounding)
     for prompt, answer in zip(golden["prompts"], answers, strict=True):
         different = _differences(prompt["run"]["outputs"], answer["outputs"])
         largest, differences = max(largest, *different), [*differences, sum(different) / len(different)]
         same += answer.get("continuation") == prompt["run"].get("continuation")
-        problem = _problem(prompt["run"], answer, math.inf if loose else rounding, exact=not loose)
+        problem = _problem(prompt["run"], answer, math.inf if loose else rounding, exact=exact)
         if problem is None and repeat:
-            problem = _problem(prompt["artefact"], answer, repeated, exact=not loose)
+            problem = _problem(prompt["artefact"], answer, repeated, exact=exact)
         if problem is not None:
             problems.add(_shown(prompt, problem))
             break

@@ -8,6 +8,7 @@ which are merged first because only then it is known whether both sides are stil
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,8 @@ import torch
 from torch import nn
 
 from afina.core.adapted import AdaptedLayer
+from afina.core.codecs import codec_of
+from afina.core.dequantise import dequantised
 from afina.core.injection import AdapterSet
 from afina.core.ties import tied_groups
 from afina.errors import CheckpointError, MergeError, shortened
@@ -35,7 +38,8 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  #
 def merged_tensors(adapters: AdapterSet) -> Iterator[dict[str, torch.Tensor]]:
     """The model's tensors with the active adapters merged, a part at a time, named as its checkpoint names them.
 
-    The model cannot be used afterwards. Raises MergeError where an adapter cannot be merged.
+    Quantised layers become the floating-point values that they stand for before anything is merged into them. The model
+    cannot be used afterwards. Raises MergeError where an adapter cannot be merged.
     """
     names, model = adapters.active, adapters.model
     adapters.unmerge()
@@ -46,17 +50,42 @@ def merged_tensors(adapters: AdapterSet) -> Iterator[dict[str, torch.Tensor]]:
         if any(path == key or path.startswith(f"{key}.") for path in tied):
             layer.merge(names, keep=False)
     ties.mend(model, untie=True)
+    floats = model.dtype if model.dtype.is_floating_point else torch.float32
     targets = set(getattr(model, "all_tied_weights_keys", None) or ())
     still = {slot for group in tied_groups(model).groups for slot in group if slot in targets}
-    yield from _renamed(model, (pair for pair in _walk(model, "", names) if pair[0] not in still))
+    turned = _transposed(model) if any(_is_quantised(_inner(module)) for module in model.modules()) else set()
+    pairs = ((name, tensor.T if name in turned else tensor) for name, tensor in _walk(model, "", names, floats))
+    yield from _renamed(model, (pair for pair in pairs if pair[0] not in still))
 
 
-def _walk(module: nn.Module, prefix: str, names: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
+def _inner(module: nn.Module) -> nn.Module:
+    while isinstance(module, AdaptedLayer):
+        module = module.base_layer
+    return module
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    codec = codec_of(module)
+    return not codec.exact and codec.name != "opaque"
+
+
+def _transposed(model: Any) -> set[str]:
+    """Weights that the plain model holds as `[in, out]` (GPT-2's) and a quantised one as `[out, in]`."""
+    config = copy.deepcopy(model.config)
+    config.__dict__.pop("quantization_config", None)
+    with torch.device("meta"):
+        plain = type(model)(config)
+    return {f"{path}.weight" for path, module in plain.named_modules() if type(module).__name__ == "Conv1D"}
+
+
+def _walk(module: nn.Module, prefix: str, names: tuple[str, ...], floats: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and buffers of a module, its adapters merged as it is reached; parameters are let go once they are given."""
     wrappers: list[AdaptedLayer] = []
     while isinstance(module, AdaptedLayer):
         wrappers.append(module)
         module = module.base_layer
+    if any(_is_quantised(_inner(child)) for child in module.children()):
+        dequantised(module, floats)
     for wrapper in reversed(wrappers):
         wrapper.merge(names, keep=False)
         if wrapper is wrappers[-1]:
@@ -70,7 +99,7 @@ def _walk(module: nn.Module, prefix: str, names: tuple[str, ...]) -> Iterator[tu
             yield f"{prefix}{name}", buffer
     for name, child in module._modules.items():
         if child is not None:
-            yield from _walk(child, f"{prefix}{name}.", names)
+            yield from _walk(child, f"{prefix}{name}.", names, floats)
 
 
 def _renamed(model: Any, pairs: Iterator[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
@@ -79,6 +108,10 @@ def _renamed(model: Any, pairs: Iterator[tuple[str, torch.Tensor]]) -> Iterator[
     from transformers.core_model_loading import PrefixChange, WeightConverter, revert_weight_conversion
 
     # The base's checkpoint may lack the prefix that a model with a head has; with the head in the file it is wanted.
+    if getattr(model, "hf_quantizer", None) is not None:  # what turns floating point into quantised tensors is no name
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
     kept = [c for c in getattr(model, "_weight_conversions", None) or () if not isinstance(c, PrefixChange)]
     model._weight_conversions = kept or None
     whole = any(isinstance(c, WeightConverter) for c in kept)
