@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +35,18 @@ from afina.core.injection import AdapterSet
 from afina.core.layers import view_of
 from afina.errors import ConfigError, MergeError
 
-__all__ = ["MAX_ERROR", "LayerError", "MergeReport", "OutputError", "compared", "merge_error", "rounding"]
+__all__ = [
+    "MAX_ERROR",
+    "LayerError",
+    "MergeReport",
+    "OutputError",
+    "Outputs",
+    "compared",
+    "difference",
+    "merge_error",
+    "outputs_of",
+    "rounding",
+]
 
 MAX_ERROR = 0.1  # of what the adapter does
 _POSITIONS = 256  # outputs of a batch that are kept to be compared, evenly spaced
@@ -72,6 +84,10 @@ class OutputError:
     lost: float | None  # |one - other| / |other - base|; None where there is no base to compare with
     agreement: float  # share of positions with the same largest output
     positions: int
+
+    def __str__(self) -> str:
+        lost = "" if self.lost is None else f", {_share(self.lost)} of what the adapter does"
+        return f"error {self.error:.2%}{lost}; the same first choice at {self.agreement:.1%} of {self.positions} positions"
 
 
 @dataclass
@@ -130,11 +146,7 @@ class MergeReport:
             return "no weight is stored in a form that rounds: merging loses nothing but the last bits"
         lines = []
         if self.outputs is not None:
-            lost = "" if self.outputs.lost is None else f", {_share(self.outputs.lost)} of what the adapter does"
-            lines.append(
-                f"outputs of the model     error {self.outputs.error:.2%}{lost}; the same first choice at "
-                f"{self.outputs.agreement:.1%} of {self.outputs.positions} positions"
-            )
+            lines.append(f"outputs of the model: {self.outputs}")
         without = MergeReport(self.names, self.layers)
         lines.append(
             f"{len(self.layers)} layers in {self.storages}, for random inputs: error {without.error:.2%}, "
@@ -187,23 +199,27 @@ def merge_error(
         raise ConfigError(f"this {type(model).__name__} has no adapters, so there is nothing to merge")
     report, batches = rounding(adapters, names), list(batches)
     if batches:
-        training, active, merged = model.training, adapters.active, adapters.merged
-        model.eval()
-        try:
-            adapters.unmerge()
-            adapters.runtime.set(active=report.names)
+        with adapters.unmerged(), _acting(adapters, report.names):
             with adapters.disabled():
-                base = _read(model, batches, outputs)
-            apart = _read(model, batches, outputs)
+                base = outputs_of(model, batches, outputs)
+            apart = outputs_of(model, batches, outputs)
             adapters.merge(report.names)
-            report.outputs = _difference(_read(model, batches, outputs), apart, base)
-        finally:
-            adapters.unmerge()
-            adapters.runtime.set(active=active)
-            if merged:
-                adapters.merge(merged)
-            model.train(training)
+            try:
+                report.outputs = difference(outputs_of(model, batches, outputs), apart, base)
+            finally:
+                adapters.unmerge()
     return report
+
+
+@contextmanager
+def _acting(adapters: AdapterSet, names: Sequence[str]) -> Iterator[None]:
+    """These adapters act within this; which of them train stays as it is."""
+    active = adapters.active
+    adapters.runtime.set(active=tuple(names))
+    try:
+        yield
+    finally:
+        adapters.runtime.set(active=active)
 
 
 def compared(
@@ -211,12 +227,8 @@ def compared(
 ) -> OutputError:
     """Outputs of one model beside those of another, relative to the other's: a merge on the stored weights beside one on
     the pristine ones, for example (T18). Both are read in eval mode and left as they were."""
-    batches, found = list(batches), []
-    for model in (one, other):
-        training = model.training
-        found.append(_read(model.eval(), batches, outputs))
-        model.train(training)
-    return _difference(found[0], found[1], None)
+    batches = list(batches)
+    return difference(outputs_of(one, batches, outputs), outputs_of(other, batches, outputs))
 
 
 def _written(layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
@@ -229,15 +241,27 @@ def _written(layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _read(model: Any, batches: Sequence[Mapping[str, torch.Tensor]], outputs: Outputs | None) -> list[torch.Tensor]:
-    """A few hundred outputs of each batch, `[positions, values]`, float32, on the CPU."""
-    device, kept = next(model.parameters()).device, []
+def outputs_of(
+    model: Any,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    outputs: Outputs | None = None,
+    *,
+    names: Sequence[str] | None = None,
+) -> list[torch.Tensor]:
+    """A few hundred outputs of each batch, `[positions, values]`, float32, on the CPU, in eval mode; see `merge_error`.
+    `names`: adapters to act instead of the active ones."""
+    if names is not None:
+        with _acting(model.adapters, names):
+            return outputs_of(model, batches, outputs)
+    device, kept, training = next(model.parameters()).device, [], model.training
+    model.eval()
     for batch in batches:
         moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         said = (outputs or _outputs)(model, moved)
         mask = moved.get("attention_mask")
         seen = said[mask.bool()] if mask is not None and mask.shape == said.shape[:-1] else said.flatten(0, -2)
         kept.append(seen[:: -(-len(seen) // _POSITIONS) or 1].float().cpu())
+    model.train(training)
     return kept
 
 
@@ -253,7 +277,10 @@ def _outputs(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     )
 
 
-def _difference(one: list[torch.Tensor], other: list[torch.Tensor], base: list[torch.Tensor] | None) -> OutputError:
+def difference(
+    one: list[torch.Tensor], other: list[torch.Tensor], base: list[torch.Tensor] | None = None
+) -> OutputError:
+    """What `outputs_of` one model gave beside those of another, batch by batch."""
     apart = _norm(float((a - b).norm()) for a, b in zip(one, other, strict=True))
     done = None if base is None else _norm(float((a - b).norm()) for a, b in zip(other, base, strict=True))
     same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(one, other, strict=True))
