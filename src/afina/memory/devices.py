@@ -1,8 +1,8 @@
 """What a device adds to a trace: how its allocator rounds, what its kernels take inside, which kernels it has.
 
-A trace runs on fake tensors of a CPU whatever is planned for, since torch without CUDA cannot make others. `kernels_of` makes
-the code see a GPU where it asks, and puts in what a GPU computes otherwise: fused attention, dropout with a mask of bytes,
-and the operations that autocast computes in float32 there and not on a CPU.
+A trace runs on fake tensors of a CPU whatever is planned for, since torch without CUDA cannot make others. `kernels_of`
+makes the code see a GPU where it asks, and puts in what a GPU computes otherwise: fused attention, dropout with a mask of
+bytes, and the operations that autocast computes in float32 there and not on a CPU.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["DEVICES", "autocast_of", "backward", "hidden_of", "kernels_of", "overhead_of", "rounded_of"]
+from afina.memory.allocators import Allocator, Heap, Pools
+
+__all__ = ["DEVICES", "allocator_of", "autocast_of", "backward", "hidden_of", "kernels_of", "overhead_of"]
 
 DEVICES = ("cpu", "cuda")
 _CONTEXT = 500_000_000  # bytes of a CUDA context with the kernels of torch and cuBLAS: 0.4 to 0.6 GB by card and version
 _CUBLAS = 8_519_680  # bytes of cuBLAS' workspace, torch's default before Hopper (there 32 MiB)
-_BLOCK = 512  # bytes to which the CUDA caching allocator rounds
 
 
-def rounded_of(device: str) -> Callable[[int], int]:
-    """What an allocator takes for a number of bytes."""
-    return (lambda size: -(-size // _BLOCK) * _BLOCK) if device == "cuda" else (lambda size: size)
+def allocator_of(device: str) -> Allocator:
+    """What tensors are taken from."""
+    return Pools() if device == "cuda" else Heap()
 
 
 def overhead_of(device: str) -> dict[str, int]:
@@ -103,8 +104,8 @@ class _Contents(TorchFunctionMode):
         if func in (torch.Tensor.numpy, torch.Tensor.tolist):
             known = getattr(args[0], "value", None)
             if known is None and torch._subclasses.fake_tensor.is_fake(args[0]):
-                known = torch.zeros(tuple(args[0].shape), dtype=args[0].dtype, device="meta")
-                made = np.zeros(tuple(args[0].shape), str(args[0].dtype).removeprefix("torch.").replace("bfloat16", "float32"))
+                kind = str(args[0].dtype).removeprefix("torch.").replace("bfloat16", "float32")
+                made = np.zeros(tuple(args[0].shape), kind)
                 return made if func is torch.Tensor.numpy else made.tolist()
             if known is not None:
                 with torch._C.DisableTorchFunction(), torch.utils._python_dispatch._disable_current_modes():

@@ -22,6 +22,7 @@ TITLES = {
     "activations": "activations kept for backward",
     "logits": "logits and loss",
     "workspace": "workspace",
+    "allocator": "freed, but held by the allocator",
 }
 _SHARDED = {"ddp": (), "zero2": ("optimizer", "gradients"), "zero3": ("weights", "optimizer", "gradients", "adapters")}
 _SHARDED["fsdp2"] = _SHARDED["zero3"]

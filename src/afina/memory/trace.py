@@ -16,13 +16,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
+
+from afina.memory.allocators import Allocator
 
 __all__ = ["PARTS", "Held", "Trace", "faked"]
 
@@ -61,7 +63,7 @@ class Trace(TorchDispatchMode):
     """Follows every storage that is made while it is entered.
 
     `hidden(operation, arguments, result)` says how many bytes an operation takes inside; `wide` is a size (the
-    vocabulary's) by which logits are known; `rounded` is what an allocator makes of a number of bytes.
+    vocabulary's) by which logits are known.
     """
 
     def __init__(
@@ -69,11 +71,10 @@ class Trace(TorchDispatchMode):
         *,
         hidden: Callable[[Any, Sequence[Any], Any], int] = lambda operation, arguments, result: 0,
         wide: int = 0,
-        rounded: Callable[[int], int] = lambda size: size,
     ):
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.hidden, self.wide, self.rounded = hidden, wide, rounded
+        self.hidden, self.wide = hidden, wide
         self.pieces: list[Piece] = []
         self.known: dict[int, Piece] = {}
         self.kept: list[Any] = []  # tensors that are to live as long as the trace
@@ -100,7 +101,7 @@ class Trace(TorchDispatchMode):
             key = storage._cdata
             piece = self.known.get(key)
             if piece is None:
-                size = self.rounded(storage.nbytes())
+                size = storage.nbytes()
                 piece = self.known[key] = Piece(size, self.tick)
                 self.pieces.append(piece)
                 weakref.finalize(storage, self._let_go, key, piece).atexit = False
@@ -161,7 +162,7 @@ class Trace(TorchDispatchMode):
         made = list(tree_iter(result))
         inside = self.hidden(func, given, result)
         if inside:
-            self.pieces.append(Piece(self.rounded(inside), self.tick, self.tick, "workspace"))
+            self.pieces.append(Piece(inside, self.tick, self.tick, "workspace"))
         self.follow(made)
         if torch.is_grad_enabled() and self.phases and self.phases[-1][1] == "backward":  # blocks computed again
             for tensor in made:
@@ -183,24 +184,48 @@ class Trace(TorchDispatchMode):
 
     # --- what was found
 
-    def peak(self, *phases: str) -> Held:
-        """The moment at which most is alive, in all phases or in those named."""
-        if not self.pieces:
-            return Held()
+    def peak(self, *phases: str, allocator: Allocator | None = None, outside: str = "weights") -> Held:
+        """The moment at which most is alive, in all phases or in those named.
+
+        With an allocator, the moment at which it holds most; what is free in it then is the part `allocator`. Parts whose
+        name begins with `outside` are not taken from it.
+        """
         last = self.tick + 2
-        change = [0] * (last + 1)
+        alive, spare = [0] * last, [0] * last
+        births: dict[int, list[Piece]] = {}
+        deaths: dict[int, list[Piece]] = {}
         for piece in self.pieces:
-            change[piece.born] += piece.size
-            if piece.died < last:  # what an operation is given is there until it has returned, so to the end of the tick
-                change[piece.died + 1] -= piece.size
-        alive = list(accumulate(change))[:last]
+            births.setdefault(piece.born, []).append(piece)
+            deaths.setdefault(piece.died, []).append(piece)
+        blocks: dict[Piece, int] = {}
+        for again in (False, True) if allocator is not None else (True,):  # an allocator is as the step before has left it
+            now = inside = sum(map(_size, blocks))
+            for tick in range(last):
+                for piece in births.get(tick, ()):
+                    if piece in blocks:
+                        continue
+                    now += piece.size
+                    if allocator is not None and not piece.part.startswith(outside):
+                        blocks[piece] = allocator.take(piece.size)
+                        inside += piece.size
+                if again:
+                    alive[tick] = now
+                    if allocator is not None:
+                        spare[tick] = max(0, allocator.held - inside)
+                for piece in deaths.get(tick, ()):  # what an operation is given is there until it has returned
+                    now -= piece.size
+                    if piece in blocks:
+                        allocator.give(blocks.pop(piece))  # type: ignore[union-attr]
+                        inside -= piece.size
         spans = [(a + 1, b, name) for (a, name), (b, _) in pairwise([*self.phases, (last, "")])]
         ticks = [t for a, b, name in spans if not phases or name in phases for t in range(a, min(b + 1, last))]
-        when = max(ticks, key=alive.__getitem__, default=0)
+        when = max(ticks, key=lambda t: alive[t] + spare[t], default=0)
         parts: Counter[str] = Counter()
         for piece in self.pieces:
             if piece.born <= when <= piece.died:
                 parts[piece.part or "workspace"] += piece.size
+        if spare[when]:
+            parts["allocator"] = spare[when]
         return Held(next((name for a, b, name in spans if a <= when <= b), ""), dict(parts))
 
 
@@ -211,6 +236,10 @@ def faked(trace: Trace, tensor: torch.Tensor) -> torch.Tensor:
     if tensor.device.type != "meta" and not tensor.dtype.is_floating_point:
         made.value = tensor.clone()  # type: ignore[attr-defined]
     return made
+
+
+def _size(piece: Piece) -> int:
+    return piece.size
 
 
 def _value(tensor: torch.Tensor) -> torch.Tensor | None:

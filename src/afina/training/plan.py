@@ -28,7 +28,7 @@ from afina.data.sources import read_rows
 from afina.errors import ConfigError, Problems
 from afina.functions import get_peft_model
 from afina.memory.checkpointing import checkpoint_blocks
-from afina.memory.devices import autocast_of, backward, hidden_of, kernels_of, overhead_of, rounded_of
+from afina.memory.devices import allocator_of, autocast_of, backward, hidden_of, kernels_of, overhead_of
 from afina.memory.footprint import Footprint, Moment, divided
 from afina.memory.measure import resident
 from afina.memory.storage import FLOATS, Storage, settled_weights
@@ -73,7 +73,7 @@ class Planner:
         share = math.ceil(options.rows / self.processes)
         at_once = math.ceil(share / options.gradient_accumulation)
         wide = model.get_base_model().get_input_embeddings().weight.shape[0]
-        trace = Trace(hidden=hidden_of(self.device), wide=wide, rounded=rounded_of(self.device))
+        trace = Trace(hidden=hidden_of(self.device), wide=wide)
         with kernels_of(self.device), trace:
             trained = _placed(trace, model)
             optimizer = _optimizer(trace, options.optimizer, trained, options.weight_decay)
@@ -83,7 +83,7 @@ class Planner:
         weights = {k: v for k, v in trace.peak("").parts.items() if k.startswith("weights")}
         moments = {"load": self._load(weights)}
         for name, phases in (("train", ("forward", "backward", "step")), ("evaluate", ("evaluate",))):
-            parts = trace.peak(*phases).parts
+            parts = trace.peak(*phases, allocator=allocator_of(self.device)).parts
             if memory.activation_offload and self.device == "cuda" and "activations" in parts:
                 kept = {"activations": parts.pop("activations")}
             else:
@@ -106,9 +106,8 @@ class Planner:
         return get_peft_model(base, config), task
 
     def _rows(self, side: str, count: int) -> list[Feature]:
-        """So many of the longest rows; from the first again where there are fewer."""
-        longest = self.features[side]
-        return [longest[i % len(longest)] for i in range(count)]
+        """So many of the longest rows, or all where there are fewer."""
+        return list(self.features[side][:count])
 
     def _step(
         self, trace: Trace, model: Any, task: Task, trained: list[Any], optimizer: Any, rows: list[Feature], *, several: bool
@@ -229,13 +228,15 @@ def _planner(
     limit = task.limit(base) - int(getattr(config, "num_virtual_tokens", None) or 0)
     if recipe.training.max_length is not None and recipe.training.max_length > limit:
         raise ConfigError(f"training.max_length={recipe.training.max_length}: {recipe.model} takes at most {limit} tokens")
-    most = recipe.training.rows
+    most = max(recipe.training.rows, recipe.training.read_at_once)
     features = {}
-    for name, examples in (("train", sides["train"]), ("evaluate", [*sides["validation"], *sides["test"]])):
+    for name, examples in (("train", sides["train"]), ("evaluate", max(sides["validation"], sides["test"], key=len))):
         made = task.encode(examples, recipe.training.max_length, limit).features
-        features[name] = sorted(made, key=_length, reverse=True)[: 2 * max(most, recipe.training.read_at_once)]
-    longest = max(_length(f) for f in (*features["train"], *features["evaluate"]))
-    if not notes:
+        features[name] = sorted(made, key=_length, reverse=True)[:most]
+    if notes:  # rows that stand for others: as many as are asked for
+        features = {name: [rows[i % len(rows)] for i in range(most)] for name, rows in features.items()}
+    else:
+        longest = max(_length(f) for f in (*features["train"], *features["evaluate"]))
         notes.append(f"planned with the longest rows of the file: {longest} tokens")
     count = processes if processes is not None else int(os.environ.get("WORLD_SIZE", "1"))
     return Planner(task, source, config, features, device, precision, count, notes)
