@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from afina import __version__
-from afina.cli import check, compare, evaluate, methods, predict, prepare, report, serve, targets, tasks, train
+from afina.cli import check, compare, evaluate, export, methods, predict, prepare, report, serve, targets, tasks, train
 from afina.cli.launch import LOST
 from afina.cli.show import fail
 from afina.errors import AfinaError, LostProcessError
@@ -27,6 +27,7 @@ app.command("check")(check.check)
 app.command("train")(train.train)
 app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
+app.command("export")(export.export)
 app.command("serve")(serve.serve)
 app.command("report")(report.report)
 app.command("compare")(compare.compare)

@@ -1,5 +1,5 @@
-"""The common way of every export: the run answers golden prompts, its model is merged and converted beside the place where the
-artefact will be, the artefact answers the same prompts through its own runtime, and only then it is moved there.
+"""The common way of every export: the run answers golden prompts, its model is merged and converted beside the place where
+the artefact will be, the artefact answers the same prompts through its own runtime, and only then it is moved there.
 
 What is refused leaves nothing behind. Models are let go as soon as the next step does not need them.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import math
 import os
 import shutil
 import uuid
@@ -33,7 +34,7 @@ from afina.export.merged import asked_dtype, read_merged, write_merged
 from afina.memory.storage import FLOATS, Storage, stored_as
 from afina.model import PeftModel
 from afina.tasks.catalogue import task_from_settings
-from afina.tasks.task import Encoded
+from afina.tasks.task import Encoded, Figure
 from afina.training.models import find_model, load_config, load_tokenizer
 from afina.training.recipe import read_recipe
 from afina.training.trained import TrainedRun
@@ -58,6 +59,11 @@ class Exported:
     rows: int = 0  # of the validation split
     speed: Speed | None = None
     notes: list[str] = field(default_factory=list)
+    titles: dict[str, Figure] = field(default_factory=dict)
+
+    def shown(self) -> list[tuple[str, str, str]]:
+        """Figures as a person reads them: title, of the run, of the artefact."""
+        return [(f.title, f.shown(self.figures[k][0]), f.shown(self.figures[k][1])) for k, f in self.titles.items()]
 
 
 @dataclass
@@ -152,7 +158,7 @@ def _check_base(settings: Settings) -> None:
     if settings.base is not None and settings.base not in ("quantised", "pristine"):
         raise ConfigError(f"--base {settings.base}: expected quantised or pristine")
     if settings.base is not None and not settings.quantised:
-        raise ConfigError(f"--base {settings.base}: the base of this run is not quantised (it is {stored}); leave --base out")
+        raise ConfigError(f"--base {settings.base}: the base of this run is not quantised ({stored}); leave --base out")
 
 
 def _check_mergeable(trained: TrainedRun) -> None:
@@ -161,8 +167,8 @@ def _check_mergeable(trained: TrainedRun) -> None:
         adapters.check_mergeable(adapters.active)
     except MergeError as error:
         raise MergeError(
-            f"{error}\nNo format that holds one merged model can be made of this run. `afina predict` and `afina serve` answer "
-            "with it as it is; a method that can be merged (`afina methods`) can be exported"
+            f"{error}\nNo format that holds one merged model can be made of this run. `afina predict` and `afina serve` "
+            "answer with it as it is; a method that can be merged (`afina methods`) can be exported"
         ) from None
 
 
@@ -219,8 +225,9 @@ def _beside(output: Path) -> Iterator[tuple[Path, Path]]:
 def _merge(run: Path, known: _Known, work: Path, settings: Settings, dtype: torch.dtype | None) -> list[str]:
     """The merged model into `work`; returns what is to be told of it.
 
-    Over a base in floating point: in the type of the checkpoint, from which it is read as it is walked. Over a quantised one:
-    onto the values that its weights stand for, or onto the checkpoint's own; both are compared with the run's model (T18).
+    Over a base in floating point: in the type of the checkpoint, from which it is read as it is walked. Over a quantised
+    one: onto the values that its weights stand for, or onto the checkpoint's own; both are compared with the run's model
+    (T18).
     """
     if not settings.quantised:
         fresh = _reload(run)
@@ -254,22 +261,23 @@ def _merge(run: Path, known: _Known, work: Path, settings: Settings, dtype: torc
             write_merged(pristine.model, pristine.task, work, dtype=dtype)
         del pristine
     elif base == "pristine":
-        raise ConfigError("--base pristine: the checkpoint itself is quantised, so there are no 16-bit weights; leave --base out")
-    titles = {"quantised": f"onto what the {settings.stored} weights stand for", "pristine": "onto the checkpoint's own weights"}
+        raise ConfigError("--base pristine: the checkpoint itself is quantised and has no other weights; leave --base out")
+    titles = {"quantised": f"onto what the {settings.stored} weights stand for", "pristine": "onto the checkpoint's own"}
     notes = [
-        f"merged {titles[key]} (--base {key}): outputs differ by {one.error:.2%} from the run's, which is {one.lost or 0:.1%} of "
-        f"what the adapter does; the same first choice at {one.agreement:.1%} of {one.positions} places"
-        f"{'' if key != base else '; this is what was taken'}"
+        f"merged {titles[key]} (--base {key}): outputs differ by {one.error:.2%} from the run's, which is "
+        f"{one.lost or 0:.1%} of what the adapter does; the same first choice at {one.agreement:.1%} of {one.positions} "
+        f"places{'; this is what was taken' if key == base else ''}"
         for key, one in found.items()
     ]
     notes.append(f"merged and stored in {settings.stored} again it would be: {said['stored again']}")
     lost = found[base].lost or 0.0
     if lost > settings.max_error:
         other = next((key for key in found if key != base), None)
-        cure = f"take --base {other}, or accept it with --max-error {lost:.2f}" if other else f"accept it: --max-error {lost:.2f}"
+        cure = f"accept it with --max-error {math.ceil(lost * 100) / 100:.2f}"
+        cure = f"take --base {other}, or {cure}" if other else cure
         raise MergeError(
-            f"merging loses {lost:.0%} of what the adapter does, --max-error allows {settings.max_error:.0%} (T17, T18). Nothing "
-            "was written.\n" + "\n".join(f"  {note}" for note in notes) + f"\nTo go on, {cure}"
+            f"merging loses {lost:.0%} of what the adapter does, --max-error allows {settings.max_error:.0%} (T17, T18). "
+            "Nothing was written.\n" + "\n".join(f"  {note}" for note in notes) + f"\nTo go on, {cure}"
         )
     return notes
 
@@ -308,14 +316,15 @@ def _measure(done: Exported, known: _Known, task: Any, loaded: Any, before: Any,
     figures = figures_of(loaded, task, known.examples, known.encoded.features)
     done.rows = len(known.examples)
     done.figures = {key: (value, figures[key]) for key, value in known.figures.items() if key in figures}
+    done.titles = {key: task.figures[key] for key in done.figures}
     if before is not None:
         done.speed = alternated(before, loaded, task, known.encoded.features)
     figure, (was, now) = task.figures[known.best], done.figures[known.best]
     if (lost := drop(figure, was, now)) > settings.max_drop:
         raise CheckpointError(
-            f"{figure.title} on the {done.rows} validation rows went from {figure.shown(was)} to {figure.shown(now)}, which is "
-            f"{lost:.2%} worse; --max-drop allows {settings.max_drop:.2%}. Nothing was written. Take another format, or raise "
-            "--max-drop"
+            f"{figure.title} on the {done.rows} validation rows went from {figure.shown(was)} to {figure.shown(now)}, which "
+            f"is {lost:.2%} worse; --max-drop allows {settings.max_drop:.2%}. Nothing was written. Take another format, or "
+            "raise --max-drop"
         )
 
 

@@ -22,9 +22,9 @@ __all__ = ["Format", "Settings", "Source", "model_class"]
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for. `base`: into which weights adapters of a quantised base are merged; `max_drop`: see `limits.py`;
-    `dtype`: of a merged model's weights (auto: the checkpoint's own); `quantisation`: of GGUF's weights; `max_error`: of what
-    the adapter does, how much a merge may lose."""
+    """What was asked for. `max_drop`: how much worse the figure that chose the weights may become; `base`: into which
+    weights adapters of a quantised base are merged; `max_error`: of what the adapter does, how much such a merge may lose;
+    `dtype`: of a merged model's weights (auto: the checkpoint's own); `quantisation`: of GGUF's weights."""
 
     max_drop: float = 0.005
     base: str | None = None
@@ -62,7 +62,7 @@ class Format(ABC):
         """Whether weights are rounded so far that figures are measured and continuations may differ."""
         return self.lossy
 
-    def check(self, task: Task, config: Any, settings: Settings) -> None:
+    def check(self, task: Task, config: Any, settings: Settings) -> None:  # noqa: B027 (some hold whatever was loaded)
         """Raise ConfigError where this format cannot hold such a model, saying what can be done instead."""
 
     @abstractmethod
@@ -71,7 +71,7 @@ class Format(ABC):
 
     @abstractmethod
     def load(self, folder: Path, task: Task) -> Any:
-        """The artefact in its own runtime, called as a model of transformers is. Raises CheckpointError where it is broken."""
+        """The artefact in its own runtime, called as a model of transformers is. Raises CheckpointError for a broken one."""
 
     def tokenizer(self, folder: Path) -> Any:
         """The tokenizer inside the artefact."""

@@ -32,7 +32,7 @@ ARCHITECTURES = {
     "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3", "gemma2": "gemma2",
     "gpt2": "gpt2", "starcoder2": "starcoder2",
 }  # fmt: skip  (transformers' name, llama.cpp's; those that transformers reads back)
-# Types that gguf can make with numpy, and how far probabilities may be from the run's, in the mean (f32, bf16, f16: at most).
+# Types that gguf makes with numpy, and how far probabilities may be from the run's, in the mean (f32, bf16, f16: at most).
 QUANTISATIONS = {"f32": 1e-3, "f16": 5e-3, "bf16": 3e-2, "q8_0": 0.03, "q5_1": 0.1, "q5_0": 0.1, "q4_1": 0.2, "q4_0": 0.2}
 _FILE_TYPES = {
     "f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "q5_1": "MOSTLY_Q5_1",
@@ -114,8 +114,8 @@ def add_architecture(writer: Any, config: Any) -> None:
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") != "default":
         raise ConfigError(
-            f"--format gguf: positions of this model are scaled ({rope['rope_type']}), which is not written; take --format merged "
-            "and llama.cpp's own convert_hf_to_gguf.py"
+            f"--format gguf: positions of this model are scaled ({rope['rope_type']}), which is not written; take --format "
+            "merged and llama.cpp's own convert_hf_to_gguf.py"
         )
     kind = config.model_type
     context = config.max_position_embeddings
@@ -125,7 +125,8 @@ def add_architecture(writer: Any, config: Any) -> None:
     writer.add_context_length(context)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size)
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
+    writer.add_feed_forward_length(inner)
     writer.add_head_count(config.num_attention_heads)
     writer.add_vocab_size(config.vocab_size)
     if kind == "gpt2":
@@ -162,7 +163,7 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: int, stops: list[int]
     model = said["model"]
     if model["type"] not in ("BPE", "Unigram"):
         raise ConfigError(
-            f"--format gguf: the tokenizer is of the kind {model['type']}, which llama.cpp does not have; it has BPE and Unigram"
+            f"--format gguf: the tokenizer is of the kind {model['type']}, which llama.cpp lacks; it has BPE and Unigram"
         )
     bytes_ = "ByteLevel" in json.dumps([said["pre_tokenizer"], said["decoder"]])
     added = {token["id"]: token for token in said["added_tokens"]}
@@ -236,8 +237,8 @@ def _splitting(pre: Any) -> str:
     if len(patterns) == 1 and patterns[0] in known:
         return known[patterns[0]]
     raise ConfigError(
-        f"--format gguf: the tokenizer splits text by {shortened(patterns) or 'nothing'}, which llama.cpp has no name for; take "
-        "--format merged and llama.cpp's own convert_hf_to_gguf.py"
+        f"--format gguf: the tokenizer splits text by {shortened(patterns) or 'nothing'}, which llama.cpp has no name for; "
+        "take --format merged and llama.cpp's own convert_hf_to_gguf.py"
     )
 
 
@@ -264,7 +265,8 @@ def read_tokenizer(file: Path) -> Any:
              for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))}  # fmt: skip
     unknown = tokens[named["unk"]] if named["unk"] is not None else None
     if not merges and not bytes_:
-        made = Tokenizer(models.Unigram(list(zip(tokens, said("ggml.scores"), strict=True)), named["unk"], byte_fallback=True))
+        scored = list(zip(tokens, said("ggml.scores"), strict=True))
+        made = Tokenizer(models.Unigram(scored, named["unk"], byte_fallback=True))
     else:
         made = Tokenizer(models.BPE(own, merges, unk_token=unknown, byte_fallback=not bytes_, fuse_unk=not bytes_))
     if bytes_:
@@ -280,7 +282,8 @@ def read_tokenizer(file: Path) -> Any:
         made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     for special in (True, False):
         wanted = (CONTROL, UNKNOWN) if special else (USER_DEFINED,)
-        chosen = [AddedToken(t, normalized=False, special=special) for t, k in zip(tokens, kinds, strict=True) if k in wanted]
+        texts = [token for token, kind in zip(tokens, kinds, strict=True) if kind in wanted]
+        chosen = [AddedToken(text, normalized=False, special=special) for text in texts]
         (made.add_special_tokens if special else made.add_tokens)(chosen)
     if said("ggml.add_bos_token"):
         begin = tokens[named["bos"]]
@@ -308,8 +311,8 @@ class Gguf(Format):
         """A model that continues text, of an architecture that can be checked, and a type that can be made."""
         if task.name != "causal_lm":
             raise ConfigError(
-                f"--format {self.name} is for models that continue text (causal_lm); this run is of the task {task.name}. For a "
-                "CPU take --format int8 or onnx-int8"
+                f"--format {self.name} is for models that continue text (causal_lm); this run is of the task {task.name}. "
+                "For a CPU take --format int8 or onnx-int8"
             )
         architecture_of(config)
         if settings.quantisation not in QUANTISATIONS:
@@ -372,9 +375,10 @@ class Gguf(Format):
             config = AutoConfig.from_pretrained(folder, gguf_file=FILE)
             if config.model_type == "gpt2":  # read as the one, used as the other
                 config.n_positions = config.n_ctx
-            model, info = AutoModelForCausalLM.from_pretrained(
+            found: Any = AutoModelForCausalLM.from_pretrained(
                 folder, gguf_file=FILE, config=config, dtype=torch.float32, output_loading_info=True
             )
+        model, info = found
         if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:
             raise CheckpointError(f"{folder / FILE} was read by transformers, but lacks {shortened(wrong)}")
         return model.eval()

@@ -1,9 +1,9 @@
 """A LoRA for llama.cpp: the adapter alone, to be laid over a GGUF of its base (`--lora adapter.gguf`).
 
 Each adapted layer becomes two tensors named after the layer's own, `X.lora_a [r, in]` and `X.lora_b [out, r]`, and one
-`adapter.lora.alpha` holds for all: what is added is `alpha / r * b @ a`, so a scaling that is another (rank patterns, rsLoRA) goes
-into `b`. Rows of `b` follow those of Llama's queries and keys. A GGUF of the base must hold the same architecture; tokenizer
-and template are the base's own there, and lie beside the adapter here as transformers reads them.
+`adapter.lora.alpha` holds for all: what is added is `alpha / r * b @ a`, so a scaling that is another (rank patterns,
+rsLoRA) goes into `b`. Rows of `b` follow those of Llama's queries and keys. A GGUF of the base must hold the same
+architecture; tokenizer and template are the base's own there, and lie beside the adapter here as transformers reads them.
 
 What was written is read back by gguf's reader, added to the base's weights in transformers, and compared.
 """
@@ -79,7 +79,7 @@ class GgufAdapter(Gguf):
                 tied = getattr(config, "tie_word_embeddings", False) and name == "output.weight"
                 if name is None or tied:
                     why = "its weight is that of the embedding there" if tied else "gguf has no name for it"
-                    raise ConfigError(f"--format {self.name}: {path} cannot be adapted in llama.cpp: {why}; take --format gguf")
+                    raise ConfigError(f"--format {self.name}: llama.cpp cannot adapt {path}: {why}; take --format gguf")
                 down, up = adapter.lora_A.detach().float(), adapter.lora_B.detach().float()
                 up = _rows(path, up * (adapter.scaling * adapter.r / alpha), config)
                 writer.add_tensor(f"{name}.lora_a", down.contiguous().numpy())

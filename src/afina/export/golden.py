@@ -1,9 +1,9 @@
-"""Golden prompts: some rows with the model's answers, kept in the artefact and asked again of it, through its own runtime (T19).
+"""Golden prompts: some rows with the model's answers, kept in the artefact and asked of it through its own runtime (T19).
 
 A row is kept with the tokens it became, so that a tokenizer that splits otherwise is told apart from weights that answer
-otherwise. Of each row are kept: `outputs`, the numbers that two equal models agree on; `answer`, what a person is told, read in
-one padded batch of all rows; and `continuation`, what a model that writes writes greedily. Each is kept twice: as the run
-answered, and as the artefact did when it was made, which it has to repeat later.
+otherwise. Of each row are kept: `outputs`, the numbers that two equal models agree on; `answer`, what a person is told,
+read in one padded batch of all rows; and `continuation`, what a model that writes writes greedily. Each is kept twice: as
+the run answered, and as the artefact did when it was made, which it has to repeat later.
 """
 
 from __future__ import annotations
@@ -206,8 +206,8 @@ def replay(
 ) -> tuple[Replay, Any, Task]:
     """Ask the artefact the golden prompts; returns what came of it, the loaded artefact and its task.
 
-    With `repeat` the artefact must also be as it was when it was made: its files, and its own answers. Raises CheckpointError
-    that shows the first prompt with another answer.
+    With `repeat` the artefact must also be as it was when it was made: its files, and its own answers. Raises
+    CheckpointError that shows the first prompt with another answer.
     """
     problems = Problems(f"{folder} does not answer as it should")
     if repeat:
@@ -290,8 +290,8 @@ def _problem(then: Mapping[str, Any], now: Mapping[str, Any], tolerance: float, 
         return f"probabilities differ by up to {difference:.2g} (allowed: {tolerance:.2g})"
     if exact and then.get("continuation") != now.get("continuation"):
         return f"it goes on with {now.get('continuation')!r}, where the run goes on with {then.get('continuation')!r}"
-    if exact and (difference := _apart(then["answer"], now["answer"], 10 * tolerance)):
-        return f"the answer differs: {difference}"
+    if exact and (other := _apart(then["answer"], now["answer"], 10 * tolerance)):
+        return f"the answer differs: {other}"
     return None
 
 

@@ -1,10 +1,10 @@
 """Weights of eight bits, for the CPU.
 
 Every linear layer and every embedding table keeps whole numbers from -127 to 127 and one scale for each output or row:
-`weight` (int8) and `weight_scale` (float32) in one safetensors file, `weight * weight_scale[:, None]` being the weight. Inputs of
-linear layers are rounded to eight bits as they come, with one scale a batch, and multiplied as whole numbers (torch's quantised
-linear on oneDNN); sums, norms, attention and layers of a few outputs stay float32. A table and a head that are tied share
-their numbers, in the file too.
+`weight` (int8) and `weight_scale` (float32) in one safetensors file, `weight * weight_scale[:, None]` being the weight.
+Inputs of linear layers are rounded to eight bits as they come, with one scale a batch, and multiplied as whole numbers
+(torch's quantised linear on oneDNN); sums, norms, attention and layers of a few outputs stay float32. A table and a head
+that are tied share their numbers, in the file too.
 
 Rounding inputs to seven bits, as is done where eight could overflow (CPUs without VNNI), doubles their error.
 """
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from afina.core.layers import EmbeddingView, LayerView, view_of
+from afina.core.layers import LayerView, view_of
 from afina.errors import CheckpointError, ConfigError, TargetError, shortened
 from afina.export.format import Format, Settings, Source, model_class
 from afina.export.merged import read_merged, write_shards
@@ -69,6 +69,9 @@ class Int8Linear(nn.Module):
 class Int8Embedding(nn.Module):
     """Rows of an int8 table `[rows, width]`."""
 
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+
     def __init__(self, weight: torch.Tensor, scale: torch.Tensor, like: nn.Module):
         super().__init__()
         self.num_embeddings, self.embedding_dim = weight.shape
@@ -97,7 +100,7 @@ def _view(module: nn.Module) -> LayerView | None:
         view = view_of(module)
     except TargetError:  # an embedding with a forward of its own
         return None
-    if isinstance(view, EmbeddingView):
+    if view.kind == "embedding":
         return view
     return view if view.kind == "linear" and view.out_features >= FEW else None
 
@@ -119,7 +122,7 @@ def quantised(model: Any) -> Iterator[dict[str, torch.Tensor]]:
                 yield {key: tensor.detach()}
                 continue
             weight = view.weight().detach()
-            values, scale = rounded(weight.T if isinstance(view, EmbeddingView) else weight)
+            values, scale = rounded(weight.T if view.kind == "embedding" else weight)
             yield {key: values, f"{key}_scale": scale}
 
 
@@ -148,10 +151,12 @@ def load_int8(folder: Path | str) -> Any:
             raise CheckpointError(f"{folder} lacks {shortened(missing)}")
         weight, scale = (held[key] for key in keys)
         bias = held.get(f"{path}.bias")
-        shape = (old.num_embeddings, old.embedding_dim) if isinstance(old, nn.Embedding) else None
-        if shape is not None and tuple(weight.shape) != shape:
+        view = view_of(old)
+        table = view.kind == "embedding"
+        shape = (view.in_features, view.out_features) if table else view.weight_shape
+        if tuple(weight.shape) != shape:
             raise CheckpointError(f"{folder}: {keys[0]} is {list(weight.shape)}, its configuration says {list(shape)}")
-        new = Int8Embedding(weight, scale, old) if shape is not None else Int8Linear(weight, scale, bias)
+        new = Int8Embedding(weight, scale, old) if table else Int8Linear(weight, scale, bias)
         setattr(model.get_submodule(parent), leaf, new)
         used |= {*keys, f"{path}.bias"}
     _fill(model, {key: tensor for key, tensor in held.items() if key not in used}, folder)

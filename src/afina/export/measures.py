@@ -14,7 +14,7 @@ from afina.data.example import Example
 from afina.export.golden import ask_rows
 from afina.tasks.task import Feature, Figure, Task
 
-__all__ = ["Speed", "alternated", "drop", "figures_of", "percent"]
+__all__ = ["Speed", "alternated", "drop", "figures_of"]
 
 _BATCH = 16  # rows read at once where speed is measured
 _BATCHES, _ROUNDS = 4, 7
@@ -34,14 +34,6 @@ def drop(figure: Figure, before: float, after: float) -> float:
     if figure.better > 0:
         return before - after
     return (after - before) / max(abs(before), 1e-9)
-
-
-def percent(text: str) -> float:
-    """`0.5%` or `0.005`; raises ValueError."""
-    number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    if not 0 <= number <= 1:
-        raise ValueError(text)
-    return number
 
 
 @dataclass

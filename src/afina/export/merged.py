@@ -35,13 +35,14 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # of probabilities, by the weights' type
 
 
-def merged_tensors(adapters: AdapterSet) -> Iterator[dict[str, torch.Tensor]]:
+def merged_tensors(adapters: AdapterSet) -> Iterator[Mapping[str, torch.Tensor]]:
     """The model's tensors with the active adapters merged, a part at a time, named as its checkpoint names them.
 
     Quantised layers become the floating-point values that they stand for before anything is merged into them. The model
     cannot be used afterwards. Raises MergeError where an adapter cannot be merged.
     """
-    names, model = adapters.active, adapters.model
+    model: Any = adapters.model
+    names = adapters.active
     adapters.unmerge()
     adapters.check_mergeable(names)
     ties = tied_groups(model)
@@ -79,7 +80,7 @@ def _transposed(model: Any) -> set[str]:
 
 
 def _walk(module: nn.Module, prefix: str, names: tuple[str, ...], floats: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and buffers of a module, its adapters merged as it is reached; parameters are let go once they are given."""
+    """Parameters and buffers of a module, its adapters merged as it is reached; given parameters are let go."""
     wrappers: list[AdaptedLayer] = []
     while isinstance(module, AdaptedLayer):
         wrappers.append(module)
@@ -235,10 +236,13 @@ def _write_pooling(folder: Path, pooling: str, width: int, length: int) -> None:
 
 
 def read_merged(folder: Path, **settings: Any) -> Any:
-    """The model, by transformers alone; `settings` are those of `from_pretrained`. Raises CheckpointError where a tensor is missing, unexpected or misshapen."""
+    """The model, by transformers alone; `settings` are those of `from_pretrained`.
+
+    Raises CheckpointError where a tensor is missing, unexpected or misshapen.
+    """
     model, info = model_class(folder).from_pretrained(folder, output_loading_info=True, dtype="auto", **settings)
-    wrong = [f"{kind.replace('_', ' ')}: {shortened(found)}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-             if (found := info[kind])]  # fmt: skip
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    wrong = [f"{kind.replace('_', ' ')}: {shortened(info[kind])}" for kind in kinds if info[kind]]
     if wrong:
         raise CheckpointError(f"{folder} was read by transformers, but {'; '.join(wrong)}")
     return model.eval()

@@ -96,14 +96,13 @@ class _Decoding(nn.Module):
     def forward(self, ids: torch.Tensor, states: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor]:
         from transformers.modeling_outputs import BaseModelOutput
 
-        said = self.model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=states), attention_mask=mask, decoder_input_ids=ids, use_cache=False
-        )
+        read = BaseModelOutput(last_hidden_state=states)
+        said = self.model(encoder_outputs=read, attention_mask=mask, decoder_input_ids=ids, use_cache=False)
         return (said.logits.float(),)
 
 
 def _traced(
-    module: nn.Module, inputs: Mapping[str, torch.Tensor], lengths: Mapping[str, str], path: Path, bytes_: int
+    module: Any, inputs: Mapping[str, torch.Tensor], lengths: Mapping[str, str], path: Path, bytes_: int
 ) -> None:
     """Write the graph of a module. `lengths` says what the second dimension of each input is called."""
     import onnx
@@ -303,8 +302,8 @@ class Onnx(Format):
         except (RuntimeError, torch.onnx.OnnxExporterError) as error:
             reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
             raise ConfigError(
-                f"--format {self.name}: torch cannot trace a {type(model).__name__}: {reason}\nTake --format merged or int8, which "
-                "transformers reads"
+                f"--format {self.name}: torch cannot trace a {type(model).__name__}: {reason}\n"
+                "Take --format merged or int8, which transformers reads"
             ) from error
         copy_rest(source.folder, folder)
 
