@@ -55,7 +55,7 @@ def serve(
     from afina.serving.app import make_app
     from afina.serving.limits import Limits
     from afina.serving.models import load_models
-    from afina.serving.server import bound, run
+    from afina.serving.server import bound, ready, run
     from afina.serving.trial import try_out
 
     if threads is not None:
@@ -66,8 +66,10 @@ def serve(
         err = console(stderr=True)
         models = load_models(named, lambda line: err.print(line, markup=False))
         try_out(models)
+        app = make_app(models, limits)
+        ready(listening)
         _show(models, host, listening.getsockname()[1], limits)
-        run(make_app(models, limits), listening, timeout)
+        run(app, listening, timeout)
         console().print("stopped", markup=False)
     finally:
         listening.close()

@@ -210,6 +210,7 @@ def writings(
     if served.whole and (how.temperature or how.presence_penalty or how.frequency_penalty):
         raise RequestError(400, f"{served.name} takes no temperature and no penalties: {served.whole}", param="temperature")
     ends = frozenset(task.ends(served.lane.model.get_base_model()))
+    spelled = _spelled(task.tokenizer)
     decode = lambda ids: task.tokenizer.decode(ids, skip_special_tokens=True)
     made = []
     for number, prompt in enumerate(prompts):
@@ -229,7 +230,7 @@ def writings(
                     prompt,
                     min(most or task.options.max_new_tokens, room),
                     own,
-                    TextStream(decode, asked.stops, stripped=stripped),
+                    TextStream(decode, asked.stops, spelled=spelled, stripped=stripped),
                     ends,
                     tell(index),
                     bool(asked.stream),
@@ -237,6 +238,14 @@ def writings(
                 )
             )
     return made
+
+
+def _spelled(tokenizer: Any) -> frozenset[int]:
+    """Tokens that stand for one byte of a letter without a token, where the tokenizer has such; control tokens, which are
+    left out of the text, do not part them."""
+    found = (tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in range(256))
+    ids = {i for i in found if i is not None and i != tokenizer.unk_token_id}
+    return frozenset(ids | set(tokenizer.all_special_ids) if ids else ())
 
 
 def _limit(served: Served) -> int:

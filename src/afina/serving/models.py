@@ -139,12 +139,17 @@ def load_models(runs: dict[str, Path], tell: Any = lambda line: None) -> Models:
             lanes.setdefault(key, []).append(served.lane)
             made.lanes.append(served.lane)
             if reason:
-                made.notes.append(f"{name} gets a base of its own: {reason}")
+                made.notes.append(f"{name} has a base of its own, beside the others it does not fit ({_short(reason)})")
         made.by_name[name] = served
     for lane in made.lanes:
         if lane.served[0].task.untuned and not _enlarged(lane):
             _add_base(made, lane)
     return made
+
+
+def _short(reason: str) -> str:
+    first = reason.splitlines()[0]
+    return first if len(first) <= 120 else f"{first[:120]}…"
 
 
 def find_served(models: Models, name: str) -> Served:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -129,7 +130,7 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """`/v1/completions`. A prompt is text, or token ids of the model's own tokenizer."""
 
-    prompt: Text | list[int] | Annotated[list[Text] | list[list[int]], Field(min_length=1, max_length=MAX_INPUTS)] = Field(
+    prompt: Text | Annotated[list[int], Field(min_length=1)] | Annotated[list[Text] | list[list[int]], Field(min_length=1, max_length=MAX_INPUTS)] = Field(
         description=f"a text, a list of token ids, or a list of either of 1 to {MAX_INPUTS}"
     )
 
@@ -201,8 +202,9 @@ def read_request(body: bytes, schema: type[Any]) -> Any:
     try:
         return schema.model_validate(content)
     except ValidationError as error:
-        told = list(dict.fromkeys(_told(one, schema) for one in error.errors()))
-        first = error.errors()[0]["loc"]
+        found = error.errors()
+        told = list(dict.fromkeys(_told(one, found, schema) for one in found))
+        first = found[0]["loc"]
         more = f" and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
         raise RequestError(400, "; ".join(told[:_SHOWN]) + more, param=str(first[0]) if first else None) from None
 
@@ -238,11 +240,12 @@ def _is_text(value: Any) -> bool:
     return True
 
 
-def _told(error: Any, schema: Any) -> str:
+def _told(error: Any, errors: Sequence[Any], schema: Any) -> str:
     """One problem: the field as a path, what was found, what is expected."""
     described = schema.model_fields[error["loc"][0]].description if error["loc"][0] in schema.model_fields else None
     if described is not None:  # of several forms: what each of them lacks would tell nothing
-        where = f"[{error['loc'][1]}]" if len(error["loc"]) > 1 and isinstance(error["loc"][1], int) else ""
+        paths = [one["loc"][1:] for one in errors if one["loc"][0] == error["loc"][0]]
+        where = next((f"[{step}]" for path in paths for step in path if isinstance(step, int)), "")
         return f"{error['loc'][0]}{where}: expected {described}"
     path = ""
     for step in error["loc"]:

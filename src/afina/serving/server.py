@@ -9,7 +9,7 @@ from typing import Any
 
 from afina.errors import ConfigError
 
-__all__ = ["bound", "run"]
+__all__ = ["bound", "ready", "run"]
 
 _KEEP = 75  # seconds a connection stays open: longer than proxies keep theirs, so that none is closed under a request
 _BACKLOG = 2048
@@ -33,6 +33,11 @@ def bound(host: str, port: int) -> socket.socket:
     return made
 
 
+def ready(listening: socket.socket) -> None:
+    """From here on who connects waits to be answered, and is not turned away."""
+    listening.listen(_BACKLOG)
+
+
 def run(app: Any, listening: socket.socket, timeout: float) -> None:
     """Answer until SIGINT or SIGTERM; then nothing new is taken, and what runs is finished within `timeout` seconds."""
     import uvicorn
@@ -41,7 +46,6 @@ def run(app: Any, listening: socket.socket, timeout: float) -> None:
         app, log_level="warning", access_log=False, server_header=False, timeout_keep_alive=_KEEP, backlog=_BACKLOG,
         timeout_graceful_shutdown=max(1, int(timeout)), lifespan="on",
     )  # fmt: skip
-    listening.listen(_BACKLOG)
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn takes them, and sends them on once it has ended
         signal.signal(number, lambda *_: None)
     asyncio.run(uvicorn.Server(config).serve(sockets=[listening]))

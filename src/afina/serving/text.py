@@ -1,12 +1,13 @@
 """Tokens to text while they come: what is sent is never taken back.
 
-A piece of text waits where it may still change: half a letter (its bytes come with the next token), the beginning of a stop
-sequence, and, where white space around the answer is dropped, white space that may be its end.
+A piece of text waits where it may still change: half a letter (its bytes come with the next token), letters spelled in bytes
+(which some tokenizers read all together or not at all), the beginning of a stop sequence, and, where white space around the
+answer is dropped, white space that may be its end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 __all__ = ["TextStream"]
 
@@ -14,16 +15,23 @@ _HALF = "\ufffd"
 
 
 class TextStream:
-    """The text of one answer. `decode` gives the text of all tokens; `stripped` drops white space around it."""
+    """The text of one answer. `decode` gives the text of all tokens; `spelled` are tokens that stand for a byte; `stripped`
+    drops white space around the answer."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = (), *, stripped: bool = False):
-        self.decode, self.stops, self.stripped = decode, stops, stripped
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = (), *, spelled: Container[int] = (),
+        stripped: bool = False,
+    ):  # fmt: skip
+        self.decode, self.stops, self.spelled, self.stripped = decode, stops, spelled, stripped
         self.sent = ""
         self.stopped = False  # a stop sequence has come
 
     def grow(self, tokens: Sequence[int], *, last: bool = False) -> str:
         """What can be sent now that is new."""
-        text = self.decode(tokens)
+        sure = len(tokens)
+        while not last and sure and tokens[sure - 1] in self.spelled:
+            sure -= 1
+        text = self.decode(tokens[:sure])
         if self.stripped:
             text = text.lstrip()
         places = [place for stop in self.stops if (place := text.find(stop)) >= 0]

@@ -1,0 +1,271 @@
+"""The server under load: many clients, several adapters mixed, every answer compared with the one that is right.
+
+    python benchmarks/serving.py --markdown docs/serving.md
+
+The server is `afina serve` in a process of its own; the clients are this one. What is right is said beforehand by the same
+runs asked alone, one text at a time (`afina predict`). Three classifiers on MiniLM and, where the folder of data is there,
+three writers on a small Llama. Nothing is retried: a request that is not answered counts as lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+from harness import about, between_markers, table, write_json
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+LLAMA = DATA / "models" / "stories260K-llama"
+_SENTENCE = "please could you tell me when my order of two large lamps will arrive at the shop near our house today"
+WORDS = _SENTENCE.split()
+TOLERANCE = 1e-5  # of probabilities
+
+
+@dataclass
+class Load:
+    """What one load showed."""
+
+    name: str
+    requests: int
+    clients: int
+    seconds: list[float] = field(default_factory=list)  # of each request
+    wall: float = 0.0
+    wrong: int = 0
+    lost: int = 0
+    resident: list[tuple[int, float]] = field(default_factory=list)  # requests answered, MiB
+    rows: float = 0.0  # of a forward pass, in the mean
+    mixed: float = 0.0  # share of passes with several adapters
+
+    def row(self) -> dict[str, Any]:
+        """As it goes into the table."""
+        ordered = sorted(self.seconds)
+        half = self.resident[len(self.resident) // 2 :]
+        return {
+            "load": self.name, "clients": self.clients, "requests": self.requests, "wrong": self.wrong, "lost": self.lost,
+            "a second": round(self.requests / self.wall, 1), "median ms": round(1000 * statistics.median(ordered)),
+            "p99 ms": round(1000 * ordered[int(0.99 * len(ordered))]), "rows a pass": round(self.rows, 1),
+            "mixed passes": f"{self.mixed:.0%}", "MiB after a tenth": round(self.resident[1][1]),
+            "MiB at the end": round(self.resident[-1][1]), "KiB a request, second half": round(slope(half), 2),
+        }  # fmt: skip
+
+
+def slope(points: Sequence[tuple[int, float]]) -> float:
+    """KiB a request, by least squares."""
+    mean_x, mean_y = (statistics.fmean(p[i] for p in points) for i in (0, 1))
+    below = sum((x - mean_x) ** 2 for x, _ in points)
+    return 1024 * sum((x - mean_x) * (y - mean_y) for x, y in points) / below if below else 0.0
+
+
+# --- runs
+
+
+def sentences(count: int, seed: int) -> list[str]:
+    """Different texts of 3 to 25 words."""
+    chance = random.Random(seed)
+    made = dict.fromkeys(" ".join(chance.choices(WORDS, k=chance.randrange(3, 26))) for _ in range(2 * count))
+    return list(made)[:count]
+
+
+def train(folder: Path, name: str, rows: list[dict[str, Any]], model: str, task: str, **training: Any) -> Path:
+    """A run of a few seconds on rows with text and label."""
+    from afina.training.recipe import DataOptions, Recipe, TrainingOptions
+    from afina.training.run import prepare
+
+    file = folder / f"{name}.json"
+    file.write_text(json.dumps(rows))
+    options = {"epochs": 2, "max_truncated": 1.0, "learning_rate": 3e-3, **training}
+    recipe = Recipe(
+        model=model, task={"name": task}, data=DataOptions(file=str(file), text="text", label="label"),
+        method={"name": "lora", "r": 8}, training=TrainingOptions(**options),
+    )  # fmt: skip
+    prepare(recipe, folder / name).execute()
+    return folder / name
+
+
+def classifiers(folder: Path, model: str) -> dict[str, Path]:
+    """Three, of two, four and one outputs."""
+    texts = sentences(160, 1)
+    aims = {
+        "two": ("sequence_classification", lambda t: "orders" if "order" in t else "other"),
+        "four": ("sequence_classification", lambda t: f"words {min(len(t.split()) // 7, 3)}"),
+        "length": ("regression", lambda t: len(t.split())),
+    }
+    return {
+        name: train(folder, name, [{"text": t, "label": aim(t)} for t in texts], model, task)
+        for name, (task, aim) in aims.items()
+    }
+
+
+def writers(folder: Path) -> dict[str, Path]:
+    """Three that answer instructions in their own way."""
+    made, texts = {}, sentences(90, 2)
+    for i, name in enumerate(("first", "last", "upper")):
+        answer = [lambda t: t.split()[0], lambda t: " ".join(t.split()[-3:]), lambda t: t.upper()[:20]][i]
+        rows = [{"text": t, "label": answer(t)} for t in texts]
+        made[name] = train(folder, name, rows, str(LLAMA), "causal_lm", learning_rate=1e-2)
+    return made
+
+
+def expected(runs: dict[str, Path], texts: list[str]) -> dict[tuple[str, str], Any]:
+    """What each run says to each text, asked alone and one text at a time."""
+    from afina.training.trained import TrainedRun
+
+    right = {}
+    for name, folder in runs.items():
+        run = TrainedRun.load(folder)
+        for example in run.asked([{"text": text} for text in texts]):
+            (answer,) = run.answers([example], batch_size=1)
+            right[name, example.row["text"]] = run.task.respond(answer, example)
+    return right
+
+
+# --- server and clients
+
+
+@contextlib.contextmanager
+def server(runs: dict[str, Path], threads: int) -> Iterator[tuple[str, psutil.Process]]:
+    """`afina serve` in a process of its own: its address, and the process."""
+    command = [sys.executable, "-m", "afina", "serve", *(f"{name}={folder}" for name, folder in runs.items()),
+               "--port", "0", "--threads", str(threads), "--timeout", "600"]  # fmt: skip
+    settings = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=settings)
+    assert started.stdout is not None
+    try:
+        for line in started.stdout:
+            if found := re.search(r"http://[\d.:]+", line):
+                yield found[0], psutil.Process(started.pid)
+                break
+        else:
+            raise RuntimeError("the server did not start")
+    finally:
+        started.terminate()
+        started.wait(60)
+
+
+def is_right(found: Any, right: dict[str, Any]) -> bool:
+    """Texts equal, numbers near."""
+    if isinstance(right, dict):
+        return isinstance(found, dict) and all(key in found and is_right(found[key], value) for key, value in right.items())
+    if isinstance(right, float):
+        return abs(found - right) <= TOLERANCE * max(1.0, abs(right))
+    return bool(found == right)
+
+
+async def ask(client: httpx.AsyncClient, name: str, text: str, chat: bool) -> Any:
+    """One request, and what of its answer is compared."""
+    if chat:
+        body = {"model": name, "messages": [{"role": "user", "content": text}]}
+        said = await client.post("/v1/chat/completions", json=body)
+        said.raise_for_status()
+        return {"answer": said.json()["choices"][0]["message"]["content"]}
+    said = await client.post("/classify", json={"model": name, "input": text})
+    said.raise_for_status()
+    return said.json()["data"][0]
+
+
+async def load(
+    address: str, process: psutil.Process, right: dict[tuple[str, str], Any], made: Load, chat: bool
+) -> Load:
+    """All clients ask, each again as soon as it is answered, until all requests are made."""
+    requests, clients, chance = made.requests, made.clients, random.Random(3)
+    waiting = iter(range(requests))
+    asked = [chance.choice(list(right)) for _ in range(requests)]
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
+    async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits) as client:
+
+        async def one() -> None:
+            for number in waiting:
+                began = time.perf_counter()
+                try:
+                    found = await ask(client, *asked[number], chat)
+                except (httpx.HTTPError, KeyError, IndexError) as error:
+                    made.lost += 1
+                    print(f"lost: {error!r}", file=sys.stderr)
+                    continue
+                made.seconds.append(time.perf_counter() - began)
+                made.wrong += not is_right(found, right[asked[number]])
+                if len(made.seconds) % max(1, requests // 40) == 0:
+                    made.resident.append((len(made.seconds), process.memory_info().rss / 2**20))
+
+        before = await counters(client)
+        made.resident.append((0, process.memory_info().rss / 2**20))
+        began = time.perf_counter()
+        await asyncio.gather(*(one() for _ in range(clients)))
+        made.wall = time.perf_counter() - began
+        after = await counters(client)
+    passes = after["afina_batch_rows_count"] - before["afina_batch_rows_count"]
+    alone = after['afina_batch_adapters_bucket{le="1.0"}'] - before['afina_batch_adapters_bucket{le="1.0"}']
+    made.rows = (after["afina_batch_rows_sum"] - before["afina_batch_rows_sum"]) / passes
+    made.mixed = 1 - alone / passes
+    made.resident = [made.resident[0], *made.resident[len(made.resident) // 10 :]]
+    return made
+
+
+async def counters(client: httpx.AsyncClient) -> dict[str, float]:
+    """What the server has counted."""
+    lines = (await client.get("/metrics")).text.splitlines()
+    return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line and line[0] != "#"}
+
+
+def measured(args: argparse.Namespace, folder: Path) -> list[Load]:
+    """The loads, one after the other."""
+    kinds = [("classify", False, classifiers(folder, args.model))]
+    if LLAMA.is_dir() and not args.without_chat:
+        kinds.append(("chat", True, writers(folder)))
+    found = []
+    for name, chat, runs in kinds:
+        right = expected(runs, sentences(args.texts, 7))
+        with server(runs, args.threads) as (address, process):
+            made = Load(name, args.chats if chat else args.requests, args.clients)
+            found.append(asyncio.run(load(address, process, right, made, chat)))
+        print(json.dumps(found[-1].row()))
+    return found
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--chats", type=int, default=10_000)
+    parser.add_argument("--clients", type=int, default=200)
+    parser.add_argument("--texts", type=int, default=100, help="different texts asked of each adapter")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the server")
+    parser.add_argument("--model", default="minilm")
+    parser.add_argument("--without-chat", action="store_true")
+    parser.add_argument("--markdown", type=Path, help="document to write the table into, between its markers")
+    parser.add_argument("--json", type=Path, help="file to write the figures into")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = measured(args, Path(folder))
+    rows = [one.row() for one in found]
+    shown = table(list(rows[0]), [list(row.values()) for row in rows])
+    where = about(("torch", "transformers", "fastapi", "uvicorn"), args.threads)
+    print(shown)
+    if args.json:
+        write_json(args.json, {"about": where, "loads": rows})
+    if args.markdown:
+        versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
+        machine = f"{where['cpu']}, {args.threads} thread of {where['cores']} cores for the server, which the clients share"
+        text = f"{shown}\n\n{where['date']}: {machine}; Python {where['python']}, {versions}."
+        document = args.markdown.read_text(encoding="utf-8")
+        args.markdown.write_text(between_markers(document, "serving", text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
