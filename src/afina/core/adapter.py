@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from afina.core.codecs.written_out import written_out
 from afina.core.dropout import drop
 from afina.core.layers import LayerView
 from afina.errors import MergeError
@@ -318,7 +319,7 @@ class SavedModule(Adapter):
     inner: nn.Module
 
     def build(self, config: Any) -> None:
-        self.inner = copy.deepcopy(self.view.layer)
+        self.inner = written_out(copy.deepcopy(self.view.layer), self.dtype)
         for name, p in self.inner.named_parameters():
             p.requires_grad_(p.dtype.is_floating_point)
             if not p.dtype.is_floating_point:

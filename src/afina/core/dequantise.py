@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from afina.core.adapted import AdaptedLayer
-from afina.core.codecs import codec_of
+from afina.core.codecs.written_out import is_quantised, plain_layer
 from afina.core.injection import AdapterSet
 
 __all__ = ["dequantised"]
@@ -29,11 +28,11 @@ def dequantised(model: Any, dtype: torch.dtype | None = None) -> Any:
     """
     dtype = dtype or _float_type(model)
     for path, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, AdaptedLayer) or ".adapters." in f".{path}." or not _is_quantised(module):
+        if isinstance(module, AdaptedLayer) or ".adapters." in f".{path}." or not is_quantised(module):
             continue
         parent, _, leaf = path.rpartition(".")
         holder = model.get_submodule(parent) if parent else model
-        plain = _plain(module, dtype)
+        plain = plain_layer(module, dtype)
         holder._modules[leaf] = plain
         if isinstance(holder, AdaptedLayer):
             holder.view.layer = plain  # the adapters' too
@@ -48,21 +47,6 @@ def dequantised(model: Any, dtype: torch.dtype | None = None) -> Any:
     if adapters is not None:
         adapters.forget_map()
     return model
-
-
-def _is_quantised(module: nn.Module) -> bool:
-    codec = codec_of(module)
-    return not codec.exact and codec.name != "opaque"
-
-
-def _plain(layer: Any, dtype: torch.dtype) -> nn.Linear:
-    weight = codec_of(layer).read(layer)
-    with torch.device("meta"):
-        made = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None)
-    made.weight = nn.Parameter(weight.to(dtype).contiguous(), requires_grad=False)
-    if layer.bias is not None:
-        made.bias = layer.bias
-    return made.train(layer.training)
 
 
 def _float_type(model: Any) -> torch.dtype:

@@ -147,7 +147,7 @@ def tensor_by_tensor() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _whole_heap() -> Iterator[None]:
-    """Blocks of a megabyte are taken from the system one by one within this, so that freeing them leaves no holes."""
+    """Blocks of 128 kB are taken from the system one by one within this, so that freeing them leaves no holes."""
     if not sys.platform.startswith("linux"):
         yield
         return
@@ -158,7 +158,7 @@ def _whole_heap() -> Iterator[None]:
         yield
         return
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-    option(mmap_threshold, 1 << 20)
+    option(mmap_threshold, 128 << 10)
     try:
         yield
     finally:
