@@ -82,7 +82,9 @@ def sentences(count: int, seed: int) -> list[str]:
     return list(made)[:count]
 
 
-def train(folder: Path, name: str, rows: list[dict[str, Any]], model: str, task: str, **training: Any) -> Path:
+def train(
+    folder: Path, name: str, rows: list[dict[str, Any]], model: str, task: dict[str, Any], **training: Any
+) -> Path:
     """A run of a few seconds on rows with text and label."""
     from afina.training.recipe import DataOptions, Recipe, TrainingOptions
     from afina.training.run import prepare
@@ -91,7 +93,7 @@ def train(folder: Path, name: str, rows: list[dict[str, Any]], model: str, task:
     file.write_text(json.dumps(rows))
     options = {"epochs": 2, "max_truncated": 1.0, "learning_rate": 3e-3, **training}
     recipe = Recipe(
-        model=model, task={"name": task}, data=DataOptions(file=str(file), text="text", label="label"),
+        model=model, task=task, data=DataOptions(file=str(file), text="text", label="label"),
         method={"name": "lora", "r": 8}, training=TrainingOptions(**options),
     )  # fmt: skip
     prepare(recipe, folder / name).execute()
@@ -107,18 +109,18 @@ def classifiers(folder: Path, model: str) -> dict[str, Path]:
         "length": ("regression", lambda t: len(t.split())),
     }
     return {
-        name: train(folder, name, [{"text": t, "label": aim(t)} for t in texts], model, task)
+        name: train(folder, name, [{"text": t, "label": aim(t)} for t in texts], model, {"name": task})
         for name, (task, aim) in aims.items()
     }
 
 
 def writers(folder: Path) -> dict[str, Path]:
     """Three that answer instructions in their own way."""
-    made, texts = {}, sentences(90, 2)
+    made, texts, task = {}, sentences(90, 2), {"name": "causal_lm", "max_new_tokens": 24}
     for i, name in enumerate(("first", "last", "upper")):
         answer = [lambda t: t.split()[0], lambda t: " ".join(t.split()[-3:]), lambda t: t.upper()[:20]][i]
         rows = [{"text": t, "label": answer(t)} for t in texts]
-        made[name] = train(folder, name, rows, str(LLAMA), "causal_lm", learning_rate=1e-2)
+        made[name] = train(folder, name, rows, str(LLAMA), task, learning_rate=1e-2)
     return made
 
 

@@ -116,7 +116,8 @@ def make_writers(folder):
         task = {"name": "causal_lm", "max_new_tokens": 13}
         made[name] = run_of(folder, name, llama, file, task, method, {"text": "instruction", "label": "output"})
     stories = [" ".join(row["instruction"] for row in conversations(seed, 5)) for seed in range(31)]
-    file, task = write(folder / "running.csv", [{"text": text} for text in stories]), {"name": "causal_lm", "max_new_tokens": 11}
+    file = write(folder / "running.csv", [{"text": text} for text in stories])
+    task = {"name": "causal_lm", "max_new_tokens": 11}
     made["running"] = run_of(folder, "running", llama, file, task, {"name": "lora", "r": 2}, {"label": None})
     t5 = language_bases.save(folder / "t5", "T5")
     pairs = write(folder / "pairs.csv", [{"text": r["instruction"], "label": r["output"]} for r in conversations(5)])
@@ -134,7 +135,8 @@ def running(app):
     thread.start()
     until = time.monotonic() + 20
     while not server.started:
-        assert time.monotonic() < until and thread.is_alive()
+        assert thread.is_alive()
+        assert time.monotonic() < until
         time.sleep(0.01)
     try:
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"

@@ -100,8 +100,9 @@ def test_vectors_are_those_of_predict_in_both_encodings(client, predicted):
         assert one.embedding == pytest.approx(wanted, abs=1e-5)
         assert one.embedding == pytest.approx(other.embedding, abs=1e-7)
     assert made.usage.prompt_tokens == sum(len(row["text"].split()) + 2 for row in rows)
-    raw = client.embeddings.with_raw_response.create(model="alike", input="w1", encoding_format="base64").http_response.json()
-    assert len(struct.unpack("<24f", base64.b64decode(raw["data"][0]["embedding"]))) == 24
+    raw = client.embeddings.with_raw_response.create(model="alike", input="w1", encoding_format="base64")
+    coded = raw.http_response.json()["data"][0]["embedding"]
+    assert len(struct.unpack("<24f", base64.b64decode(coded))) == 24
 
 
 def questions(seed=3, count=6):
@@ -153,7 +154,8 @@ def test_the_base_answers_without_any_adapter(client, models):
     ids = served.task.tokenizer(prompt, return_tensors="pt")
     with served.lane.model.disable_adapter():
         written = served.lane.model.generate(**ids, max_new_tokens=7, do_sample=False, eos_token_id=[2])
-    assert made.choices[0].text == served.task.tokenizer.decode(written[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    new = written[0, ids["input_ids"].shape[1] :]
+    assert made.choices[0].text == served.task.tokenizer.decode(new, skip_special_tokens=True)
 
 
 def test_max_tokens_stop_and_why_it_ended(client):
@@ -174,7 +176,8 @@ def test_max_tokens_stop_and_why_it_ended(client):
 
 
 def test_usage_comes_last_in_a_stream_where_it_is_asked_for(client):
-    pieces = list(chat(client, "first", "red fruits", stream=True, max_tokens=5, stream_options={"include_usage": True}, n=2))
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    pieces = list(chat(client, "first", "red fruits", max_tokens=5, n=2, **options))
     assert pieces[-1].choices == []
     whole = chat(client, "first", "red fruits", max_tokens=5, n=2).usage
     assert pieces[-1].usage.model_dump() == whole.model_dump()
@@ -218,8 +221,12 @@ def test_a_long_text_holds_up_no_short_one(client):
 
 
 def test_conversations_and_lists_of_parts(client, models):
-    turns = [{"role": "system", "content": "small"}, {"role": "user", "content": "red dogs"},
-             {"role": "assistant", "content": "quick"}, {"role": "user", "content": [{"type": "text", "text": "brown fox"}]}]  # fmt: skip
+    turns = [
+        {"role": "system", "content": "small"},
+        {"role": "user", "content": "red dogs"},
+        {"role": "assistant", "content": "quick"},
+        {"role": "user", "content": [{"type": "text", "text": "brown "}, {"type": "text", "text": "fox"}]},
+    ]
     made = client.chat.completions.create(model="first", messages=turns, max_tokens=1)
     task = models.by_name["first"].task
     flat = [*turns[:3], {"role": "user", "content": "brown fox"}]

@@ -9,6 +9,8 @@ import pytest
 
 CHAT = {"model": "first", "messages": [{"role": "user", "content": "red"}], "max_tokens": 2}
 CHAT_PATH, WRITE_PATH, READ_PATH, VECTOR_PATH = "/v1/chat/completions", "/v1/completions", "/classify", "/v1/embeddings"
+PAIR = {"text": "a", "text_pair": "b"}
+LONG = {"question": "w1 " * 90, "context": "w1"}
 
 
 def body(**changes):
@@ -46,12 +48,13 @@ WRONG = {  # what is wrong -> path, body, status, a word of the reason
     "an image": (CHAT_PATH, said("user", [{"type": "image_url", "image_url": {"url": "x"}}]), 400, "texts alone"),
     "the last word is the assistant's": (CHAT_PATH, said("assistant", "red"), 400, "expected one of the user"),
     "too long a conversation": (CHAT_PATH, said("user", "red fruits " * 99), 400, "takes 127 in all"),
-    "half a surrogate pair": (CHAT_PATH, '{"model": "first", "messages": [{"role": "user", "content": "\\ud800"}]}', 400, "surrogate"),
+    "half a surrogate pair": (CHAT_PATH, json.dumps(said("user", "\ud800")), 400, "surrogate"),
     "a field misspelled": (CHAT_PATH, body(temprature=1.0), 400, "Did you mean 'temperature'"),
     "tools": (CHAT_PATH, body(tools=[{"type": "function", "function": {"name": "f"}}]), 400, "calls none"),
     "an answer in JSON": (CHAT_PATH, body(response_format={"type": "json_object"}), 400, "not enforced"),
     "logprobs": (CHAT_PATH, body(logprobs=True), 400, "probabilities of tokens"),
-    "logprobs one, which is not true": (WRITE_PATH, {"model": "first", "prompt": "red", "logprobs": 1}, 400, "probabilities"),
+    "logprobs 1": (WRITE_PATH, {"model": "first", "prompt": "red", "logprobs": 1}, 400, "probabilities"),
+    "logprobs 0, which asks too": (WRITE_PATH, {"model": "first", "prompt": "red", "logprobs": 0}, 400, "probabilities"),
     "logit_bias": (CHAT_PATH, body(logit_bias={"5": 1}), 400, "cannot be shifted"),
     "stream_options without stream": (CHAT_PATH, body(stream_options={"include_usage": True}), 400, "stream: true"),
     "two names of one limit": (CHAT_PATH, body(max_completion_tokens=3), 400, "give one"),
@@ -74,22 +77,22 @@ WRONG = {  # what is wrong -> path, body, status, a word of the reason
     "too many texts": (READ_PATH, {"model": "two", "input": ["w"] * 2049}, 400, "1 to 2048"),
     "a number among the texts": (READ_PATH, {"model": "two", "input": ["w1", 5]}, 400, "input[1]: expected"),
     "too long a text": (READ_PATH, {"model": "two", "input": "w1 " * 300}, 400, '"truncate": true'),
-    "a second text where none was trained": (READ_PATH, {"model": "two", "input": {"text": "a", "text_pair": "b"}}, 400, "single texts"),
-    "a second text of a task of one": (READ_PATH, {"model": "tags", "input": {"text": "a", "text_pair": "b"}}, 400, "one text, not two"),
+    "a second text where none was trained": (READ_PATH, {"model": "two", "input": PAIR}, 400, "single texts"),
+    "a second text of a task of one": (READ_PATH, {"model": "tags", "input": PAIR}, 400, "one text, not two"),
     "a question without its context": (READ_PATH, {"model": "spans", "input": {"question": "where w1"}}, 400, "go together"),
     "no context": (READ_PATH, {"model": "spans", "input": "where w1"}, 400, "text_pair is missing"),
     "one text to compare": (READ_PATH, {"model": "alike", "input": "w1"}, 400, "text and text_pair"),
     "a list of words for a classifier": (READ_PATH, {"model": "two", "input": {"text": ["a", "b"]}}, 400, "reads a text"),
-    "a question longer than its windows": (READ_PATH, {"model": "spans", "input": {"question": "w1 " * 90, "context": "w1"}}, 400, "too short"),
+    "a question longer than its windows": (READ_PATH, {"model": "spans", "input": LONG}, 400, "too short"),
     "vectors of a classifier": (VECTOR_PATH, {"model": "two", "input": "w1"}, 400, "makes no vectors"),
     "vectors of token ids": (VECTOR_PATH, {"model": "alike", "input": [1, 2]}, 400, "every model has its own"),
     "other dimensions": (VECTOR_PATH, {"model": "alike", "input": "w1", "dimensions": 7}, 400, "have 24"),
-    "an unknown encoding": (VECTOR_PATH, {"model": "alike", "input": "w1", "encoding_format": "hex"}, 400, "encoding_format"),
+    "an unknown encoding": (VECTOR_PATH, {"model": "alike", "input": "w", "encoding_format": "hex"}, 400, "encoding_format"),
     "an empty text for a vector": (VECTOR_PATH, {"model": "alike", "input": ""}, 400, "empty"),
     "NaN": (CHAT_PATH, '{"model": "first", "temperature": NaN, "messages": []}', 400, "NaN is no JSON number"),
     "infinity": (CHAT_PATH, '{"model": "first", "temperature": -Infinity, "messages": []}', 400, "no JSON number"),
-    "a number beyond all": (CHAT_PATH, json.dumps(CHAT).replace('"max_tokens": 2', '"temperature": 1e999'), 400, "temperature"),
-    "a whole number of 5,000 digits": (CHAT_PATH, json.dumps(CHAT).replace('"max_tokens": 2', '"max_tokens": ' + "9" * 5000), 400, ""),
+    "a number beyond all": (CHAT_PATH, json.dumps(body(temperature=77)).replace("77", "1e999"), 400, "temperature"),
+    "a whole number of 5,000 digits": (CHAT_PATH, json.dumps(body(seed=77)).replace("77", "9" * 5000), 400, ""),
     "broken JSON": (CHAT_PATH, '{"model": "first",', 400, "not JSON"),
     "an empty body": (CHAT_PATH, "", 400, "not JSON"),
     "a list": (CHAT_PATH, "[1, 2]", 400, "a JSON list"),
@@ -118,7 +121,9 @@ def test_what_is_wrong_is_refused_with_a_reason(address, wrong):
     check_form(answer, status, word)
 
 
-@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
+@pytest.mark.parametrize(
+    "kind", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"]
+)
 def test_other_content_types(address, kind):
     answer = httpx.post(address + CHAT_PATH, content=json.dumps(CHAT), headers={"content-type": kind} if kind else {})
     check_form(answer, 415, "expected application/json")
@@ -151,7 +156,8 @@ def test_a_body_of_unknown_length_is_cut_off_at_the_limit(address):
 
 
 def test_what_changes_no_answer_is_passed_over(address):
-    idle = {"user": "me", "metadata": {}, "store": False, "logprobs": False, "tools": [], "response_format": {"type": "text"}}
+    idle = {"user": "me", "metadata": {}, "store": False, "logprobs": False, "tools": [], "stop": None, "seed": None,
+            "stream_options": None, "response_format": {"type": "text"}}  # fmt: skip
     assert httpx.post(address + CHAT_PATH, json=body(**idle)).status_code == 200
 
 

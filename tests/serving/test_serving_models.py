@@ -71,7 +71,7 @@ def test_the_base_is_left_as_it_was(models):
 
 def test_names_and_folders_are_checked_together(tmp_path, encoders):
     assert list(named_runs(["a/b", "c=d/e"])) == ["b", "c"]
-    with pytest.raises(ConfigError, match="two runs are called 'b'.*NAME=x/b"):
+    with pytest.raises(ConfigError, match=r"two runs are called 'b'.*NAME=x/b"):
         named_runs(["a/b", "x/b"])
     with pytest.raises(ConfigError, match="expected FOLDER or NAME=FOLDER"):
         named_runs(["=x"])

@@ -26,6 +26,7 @@ def serve(
     queue: Annotated[int, typer.Option(help="Requests inside at once, waiting or being answered.", min=1)] = 512,
     timeout: Annotated[float, typer.Option(help="Seconds that a request may take.", min=0.1)] = 120.0,
     max_batch: Annotated[int, typer.Option(help="Rows of one forward pass.", min=1)] = 32,
+    vllm: Annotated[bool, typer.Option("--vllm", help="Print the command that serves them on vLLM, and stop.")] = False,
     threads: Annotated[int | None, typer.Option(help="Threads that compute (default: as many as cores).", min=1)] = None,
 ) -> None:
     """Serve tuned models: those on one base share it, and their rows one forward pass."""
@@ -40,15 +41,20 @@ def serve(
     if api_key is not None and not api_key.strip():
         problems.add("--api-key (or AFINA_API_KEY) is empty; give a key, or leave it out")
     problems.raise_as(ConfigError)
+    from afina.serving.models import named_runs
+
+    named = named_runs(runs)
+    if vllm:
+        from afina.export.vllm import command
+
+        print(command(named, host, port))
+        return
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(str(error.name), "serve", "afina serve") from None
-    from afina.serving.models import named_runs
-
-    named = named_runs(runs)
     quiet()
     import torch
 

@@ -52,6 +52,7 @@ _WITHOUT_BEARING = frozenset(
 )
 
 Text = Annotated[str, Field(strict=True)]
+_Ids = Annotated[list[int], Field(min_length=1)]
 
 
 class _Request(BaseModel):
@@ -130,7 +131,7 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """`/v1/completions`. A prompt is text, or token ids of the model's own tokenizer."""
 
-    prompt: Text | Annotated[list[int], Field(min_length=1)] | Annotated[list[Text] | list[list[int]], Field(min_length=1, max_length=MAX_INPUTS)] = Field(
+    prompt: Text | _Ids | Annotated[list[Text] | list[_Ids], Field(min_length=1, max_length=MAX_INPUTS)] = Field(
         description=f"a text, a list of token ids, or a list of either of 1 to {MAX_INPUTS}"
     )
 
