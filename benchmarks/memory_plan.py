@@ -2,8 +2,8 @@
 
 Each setting is a whole run of `afina train` on a model with random weights, in a process of its own: loading, three steps,
 evaluation, test, saving, reading back. In front of it, in the same process, stands the plan of its recipe. Measured is the
-resident memory that the run adds at most (the kernel's high-water mark); planned is the plan without the process itself. Takes
-about 20 minutes on one core. `--markdown FILE` writes the table into a document; names of settings run those alone.
+resident memory that the run adds at most (the kernel's high-water mark); planned is the plan without the process itself.
+Takes about 20 minutes on one core. `--markdown FILE` writes the table into a document; names of settings run those alone.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SETTINGS: dict[str, tuple[dict, str, int, dict]] = {
     "bert-fp32": (BERT, CLASSIFY, 128, {"batch_size": 16}),
     "bert-bf16": (BERT, CLASSIFY, 128, {"batch_size": 16, "precision": "bf16"}),
     "bert-long": (BERT, CLASSIFY, 512, {"batch_size": 4}),
-    "bert-last-layers": (BERT, CLASSIFY, 128, {"batch_size": 16, "method": {"name": "last_layers", "n": 2}}),
+    "bert-last-layers": (BERT, CLASSIFY, 128, {"batch_size": 16, "method": {"name": "last_layers", "num_layers": 2}}),
     "bert-prefix": (BERT, CLASSIFY, 128, {"batch_size": 8, "method": {"name": "prefix_tuning", "num_virtual_tokens": 20}}),
     "gpt2-fp32": (GPT2, CONTINUE, 128, {"batch_size": 8}),
     "gpt2-parts": (GPT2, CONTINUE, 256, {"batch_size": 8, "gradient_accumulation": 4}),
@@ -139,7 +139,7 @@ def main() -> None:
     """Run every setting, or those that are named, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help=f"of: {', '.join(SETTINGS)}")
-    parser.add_argument("--markdown", type=Path, help="a document with the markers <!-- memory_plan --> to write the table into")
+    parser.add_argument("--markdown", type=Path, help="a document with the marker <!-- memory_plan --> to write into")
     parser.add_argument("--prepare", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()

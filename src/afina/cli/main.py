@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from afina import __version__
-from afina.cli import check, compare, evaluate, export, methods, predict, prepare, report, serve, targets, tasks, train
+from afina.cli import check, compare, evaluate, export, methods, plan, predict, prepare, report, serve, targets, tasks, train
 from afina.cli.launch import LOST
 from afina.cli.show import fail
 from afina.errors import AfinaError, LostProcessError
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 app.command("prepare")(prepare.prepare)
 app.command("check")(check.check)
+app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)

@@ -4,13 +4,16 @@ Both are played through with the sizes and the order of a trace. `Heap` is glibc
 from: what is larger than a threshold is mapped by itself and goes back at once, the rest lies in one heap where the smallest
 hole that is large enough is taken, and the heap shrinks only where its end is free. The threshold is 128 KiB at first and
 rises with every mapped block that is freed, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD): after a step nearly all activations
-lie in the heap. torch asks for addresses that are multiples of 64, and for these glibc before 2.38 looks for a hole of
-112 bytes more than is needed, so that a block never goes where one of the same size was freed, and holes stay. `Pools` is torch's caching allocator of a GPU: blocks of
-512 bytes, in segments of 2 MiB for small ones, of 20 MiB up to 10 MiB, of whole 2 MiB above; segments are kept.
+lie in the heap. torch asks for addresses that are multiples of 64, and for these glibc before 2.38 looks for a hole of 112
+bytes more than is needed, so that a block never goes where one of the same size was freed, and holes stay.
+
+`Pools` is torch's caching allocator of a GPU: blocks of 512 bytes, in segments of 2 MiB for small ones, of 20 MiB up to
+10 MiB, of whole 2 MiB above; segments are kept.
 """
 
 from __future__ import annotations
 
+import platform
 from bisect import bisect_left, insort
 from typing import Protocol
 
@@ -29,6 +32,12 @@ class Allocator(Protocol):
 
     def give(self, block: int) -> None:
         """Give a block back."""
+
+
+def _old() -> bool:
+    """Whether the C library is a glibc before 2.38."""
+    name, version = platform.libc_ver()
+    return name == "glibc" and tuple(int(part) for part in version.split(".")[:2]) < (2, 38)
 
 
 class _Free:
@@ -75,7 +84,8 @@ class Heap:
 
     _PAD, _LARGEST, _ALIGNED = 128 * _KIB, 32 * _MIB, 64
 
-    def __init__(self, threshold: int = 128 * _KIB, *, rising: bool = True):
+    def __init__(self, threshold: int = 128 * _KIB, *, rising: bool = True, slack: int | None = None):
+        self.slack = (112 if _old() else 0) if slack is None else slack
         self.threshold, self.rising, self.trim = threshold, rising, 2 * threshold if rising else 64 * _MIB
         self.free, self.top, self.end = _Free(), 0, 0  # below `top` blocks and holes, from there to `end` nothing
         self.sizes: dict[int, int] = {}
@@ -85,7 +95,7 @@ class Heap:
     def take(self, size: int) -> int:
         """See `Allocator`."""
         size = max(32, -(-(size + 8) // 16) * 16)
-        wanted = size + self._ALIGNED + 48  # so that there is an aligned address in it
+        wanted = size + self.slack  # so that there is an aligned address in it
         start = self.free.best(wanted)
         if start is None and self.end - self.top < wanted and wanted >= self.threshold:
             self._number -= 1
@@ -97,7 +107,7 @@ class Heap:
             start, self.top = self.top, self.top + wanted
             if self.top > self.end:
                 self.end = self.top + self._PAD
-        lead = -(start + 16) % self._ALIGNED
+        lead = -(start + 16) % self._ALIGNED if self.slack else 0
         lead += self._ALIGNED if 0 < lead < 32 else 0
         if lead:
             self.free.add(start, lead)

@@ -219,7 +219,7 @@ class Trace(TorchDispatchMode):
                         inside -= piece.size
         spans = [(a + 1, b, name) for (a, name), (b, _) in pairwise([*self.phases, (last, "")])]
         ticks = [t for a, b, name in spans if not phases or name in phases for t in range(a, min(b + 1, last))]
-        when = max(ticks, key=lambda t: alive[t] + spare[t], default=0)
+        when = max(ticks, key=lambda t: (alive[t] + spare[t], alive[t]), default=0)
         parts: Counter[str] = Counter()
         for piece in self.pieces:
             if piece.born <= when <= piece.died:

@@ -13,6 +13,8 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from afina.memory.storage import FLOATS, Storage, settled_weights
 from afina.memory.trace import Trace, faked
 from afina.tasks.catalogue import find_task
 from afina.tasks.task import Feature, Task
+from afina.training.cache import encoded_once
 from afina.training.models import ModelSource, find_model, load_config, load_tokenizer
 from afina.training.optimizers import make_optimizer
 from afina.training.precision import choose_precision
@@ -42,10 +45,11 @@ from afina.training.recipe import Recipe
 from afina.training.rows_for_plans import one_word_tokenizer, rows_of_words
 from afina.training.vocabulary import add_tokens, fit_embeddings
 
-__all__ = ["Planner", "planner_for"]
+__all__ = ["Planner", "planner_for", "planner_of"]
 
 _NAMES = {dtype: name for name, dtype in FLOATS.items()}
 _BLOCK = 256  # weights of an 8-bit optimizer's state that share a scale
+_PROCESS = 500_000_000  # bytes of Python with its libraries
 _SMALL = 4096  # parameters with fewer values keep a float32 state in an 8-bit optimizer
 
 
@@ -199,7 +203,7 @@ def planner_for(
         sides = {name: [done.examples[i] for i in rows] for name, rows in done.sides.items()}
     else:
         assert recipe.training.max_length is not None
-        sides = dict.fromkeys(("train", "validation", "test"), rows_of_words(made, options, recipe.training.max_length))
+        sides = {name: rows_of_words(made, options, recipe.training.max_length) for name in ("train", "validation", "test")}
         notes.append(
             f"no data file was read: every row is taken to have {recipe.training.max_length} tokens"
             + (", with 2 classes" if made.kind.labels in ("class", "classes") else "")
@@ -212,15 +216,18 @@ def planner_for(
         precision = "bf16" if recipe.training.precision == "auto" else recipe.training.precision
         if recipe.training.precision == "auto":
             notes.append("the GPU is taken to compute in bf16 (training.precision: auto)")
-    return _planner(recipe, task, source, config, sides, device, precision, processes, notes)
-
-
-def _planner(
-    recipe: Recipe, task: Task, source: ModelSource, config: Any, sides: Mapping[str, list[Example]], device: str,
-    precision: str, processes: int | None, notes: list[str],
-) -> Planner:  # fmt: skip
-    """Encodes the rows, by the limit of the model on the meta device, and keeps the longest."""
     recipe.memory.weights = settled_weights(recipe.memory.weights, load_config(source), precision)
+    return planner_of(recipe, task, source, config, sides, device, precision, processes=processes, notes=notes)
+
+
+def planner_of(
+    recipe: Recipe, task: Task, source: ModelSource, config: Any, sides: Mapping[str, list[Example]], device: str,
+    precision: str, *, processes: int | None = None, notes: Sequence[str] = (),
+) -> Planner:  # fmt: skip
+    """A planner of what is known already: the task, the method's configuration, the examples of each side.
+
+    `notes` say for what the examples stand; with none they are those of a file.
+    """
     outline = copy.copy(task)
     outline.storage = Storage("fp32", empty=True)
     base = outline.load_model(source.path)
@@ -229,17 +236,25 @@ def _planner(
     if recipe.training.max_length is not None and recipe.training.max_length > limit:
         raise ConfigError(f"training.max_length={recipe.training.max_length}: {recipe.model} takes at most {limit} tokens")
     most = max(recipe.training.rows, recipe.training.read_at_once)
-    features = {}
-    for name, examples in (("train", sides["train"]), ("evaluate", max(sides["validation"], sides["test"], key=len))):
-        made = task.encode(examples, recipe.training.max_length, limit).features
-        features[name] = sorted(made, key=_length, reverse=True)[:most]
-    if notes:  # rows that stand for others: as many as are asked for
-        features = {name: [rows[i % len(rows)] for i in range(most)] for name, rows in features.items()}
-    else:
+    everything = [e for examples in sides.values() for e in examples]
+    encode = task.encode if notes else partial(encoded_once, task)
+    made = encode(everything, recipe.training.max_length, limit).features
+    largest = "validation" if len(sides["validation"]) > len(sides["test"]) else "test"
+    ends = dict(zip(sides, accumulate(len(examples) for examples in sides.values()), strict=True))
+    features: dict[str, Sequence[Feature]] = {}
+    for name, side in (("train", "train"), ("evaluate", largest)):
+        first = ends[side] - len(sides[side])
+        own = [f for f in made if first <= f["row"] < ends[side]]
+        features[name] = sorted(own, key=_length, reverse=True)[:most]
+        if notes:  # as many as are asked for
+            features[name] = [own[i % len(own)] for i in range(most)]
+    said = list(notes)
+    if not notes:
         longest = max(_length(f) for f in (*features["train"], *features["evaluate"]))
-        notes.append(f"planned with the longest rows of the file: {longest} tokens")
+        said.append(f"planned with the longest rows of the file: {longest} tokens")
     count = processes if processes is not None else int(os.environ.get("WORLD_SIZE", "1"))
-    return Planner(task, source, config, features, device, precision, count, notes)
+    process = resident() if count == 1 else _PROCESS  # the same in each, so that all choose the same
+    return Planner(task, source, config, features, device, precision, count, said, process)
 
 
 def _length(feature: Feature) -> int:

@@ -40,7 +40,8 @@ class OutlineLinear(nn.Linear):
             scales = torch.empty(n_out, dtype=torch.float32 if kind == "int8" else dtype, device=device)
         weight: Any = nn.Parameter(stored, requires_grad=False)
         weight.quant_state = SimpleNamespace(shape=(n_out, n_in))  # it counts as the values that it stands for
-        self.weight, self.bias = weight, bias
+        self.weight = weight
+        self.register_parameter("bias", bias)
         self.register_buffer("scales", scales, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
