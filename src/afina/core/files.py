@@ -47,6 +47,8 @@ def write_weights(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     for key, tensor in tensors.items():
         if tensor.is_meta:
             raise CheckpointError(f"{key} has no values (it is on the meta device); nothing was written")
+        if hasattr(tensor, "to_local"):
+            raise CheckpointError(f"{key} is a shard, of which other processes hold the rest; nothing was written")
         if tensor.numel() == 0:
             raise CheckpointError(f"{key} is empty (a shard of another process?); nothing was written")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):

@@ -337,20 +337,23 @@ def _gradients(
     return engine.total(loss), targets, tokens
 
 
+@torch.no_grad()
 def _share(task: Task, made: list[tuple[bool, Batch]], engine: Engine) -> None:
-    """Let the parts of all processes know of each other; a part that does not count is run for the shards alone."""
+    """Let the parts of all processes know of each other.
+
+    Where weights are in shards every process runs the model equally often, also for a copy of a part that does not count,
+    and what it made of that (one entry a part) is told to nobody.
+    """
+    taken = [(counts, batch if counts else dict(batch)) for counts, batch in made if counts or engine.sharded]
+
+    def gather(entries: list[Any]) -> list[Any]:
+        return engine.gather([entry for entry, (counts, _) in zip(entries, taken, strict=True) if counts])
 
     def share(model: Any, parts: list[Batch]) -> None:
         with engine.autocast():
-            task.share(model, parts, engine.gather, engine.process)
+            task.share(model, parts, gather, engine.process)
 
-    def alone(model: Any, part: Batch) -> None:
-        with engine.autocast():
-            task.share(model, [part], lambda value: [value], 0)
-
-    for part in [dict(batch) for counts, batch in made if not counts] if engine.sharded else []:
-        engine.read(engine.model, alone, part)
-    engine.read(engine.model, share, [batch for counts, batch in made if counts])
+    engine.read(engine.model, share, [batch for _, batch in taken])
 
 
 def _too_little_memory(error: RuntimeError, options: TrainingOptions) -> Exception:

@@ -21,7 +21,7 @@ class DDP(Engine):
     name = "ddp"
 
     @property
-    def recovers(self) -> bool:  # noqa: D102
+    def recovers(self) -> bool:
         return self.processes == 1
 
     def _build(self, model: Any, optimizers: Optimizers, idle: bool) -> None:
@@ -35,41 +35,41 @@ class DDP(Engine):
         return ""
 
     @property
-    def groups(self) -> list[dict[str, Any]]:  # noqa: D102
+    def groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups  # type: ignore[no-any-return]
 
-    def loss(self, ask: Ask, batch: Any, *, last: bool) -> torch.Tensor:  # noqa: D102
+    def loss(self, ask: Ask, batch: Any, *, last: bool) -> torch.Tensor:
         together = nullcontext() if last else self.accelerator.no_sync(self.wrapped)
         with together, self.autocast():
             return self.wrapped(ask, batch)  # type: ignore[no-any-return]
 
-    def backward(self, loss: torch.Tensor) -> None:  # noqa: D102
+    def backward(self, loss: torch.Tensor) -> None:
         self.accelerator.backward(loss * self.processes)  # processes average their gradients
 
-    def step(self, max_norm: float) -> float:  # noqa: D102
+    def step(self, max_norm: float) -> float:
         norm = self.accelerator.clip_grad_norm_(self.trained.values(), max_norm)
         self.optimizer.step()
         self.forget()
         return float(norm)
 
-    def forget(self) -> None:  # noqa: D102
+    def forget(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _gathered(self) -> dict[str, torch.Tensor]:
         return {name: p.detach().cpu().clone() for name, p in self.trained.items()}
 
     @torch.no_grad()
-    def put(self, weights: Mapping[str, torch.Tensor]) -> None:  # noqa: D102
+    def put(self, weights: Mapping[str, torch.Tensor]) -> None:
         for name, parameter in self.trained.items():
             parameter.copy_(weights[name])
 
-    def optimizer_state(self) -> dict[str, Any]:  # noqa: D102
+    def optimizer_state(self) -> dict[str, Any]:
         state = self.optimizer.state_dict()
         if self.accelerator.scaler is not None:
             state = {**state, "scaler": self.accelerator.scaler.state_dict()}
         return state  # type: ignore[no-any-return]
 
-    def load_optimizer_state(self, state: dict[str, Any]) -> None:  # noqa: D102
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict({key: value for key, value in state.items() if key != "scaler"})
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])

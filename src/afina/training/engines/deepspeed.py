@@ -80,10 +80,10 @@ class Zero2(Engine):
         return bool(self.wrapped.optimizer.cpu_offload)
 
     @property
-    def groups(self) -> list[dict[str, Any]]:  # noqa: D102
+    def groups(self) -> list[dict[str, Any]]:
         return self.wrapped.optimizer.param_groups  # type: ignore[no-any-return]
 
-    def loss(self, ask: Ask, batch: Any, *, last: bool) -> torch.Tensor:  # noqa: D102
+    def loss(self, ask: Ask, batch: Any, *, last: bool) -> torch.Tensor:
         self.wrapped.set_gradient_accumulation_boundary(last)
 
         def asked(model: Any, batch: Any) -> Any:
@@ -92,32 +92,32 @@ class Zero2(Engine):
 
         return self.wrapped(asked, batch)  # type: ignore[no-any-return]
 
-    def backward(self, loss: torch.Tensor) -> None:  # noqa: D102
+    def backward(self, loss: torch.Tensor) -> None:
         self.wrapped.backward(loss * self.processes)  # DeepSpeed averages gradients
 
-    def step(self, max_norm: float) -> float:  # noqa: D102
+    def step(self, max_norm: float) -> float:
         self.wrapped.optimizer.clip_grad = max_norm
         self.wrapped.step()
         norm = self.wrapped.get_global_grad_norm()
         return float(norm) if norm is not None else 0.0
 
-    def forget(self) -> None:  # noqa: D102
+    def forget(self) -> None:
         self.wrapped.optimizer.zero_grad(set_to_none=True)
 
-    def read(self, model: Any, ask: Ask, batch: Any) -> Any:  # noqa: D102
+    def read(self, model: Any, ask: Ask, batch: Any) -> Any:
         return ask(model, batch)
 
     def _gathered(self) -> dict[str, torch.Tensor]:
         return {name: p.detach().cpu().clone() for name, p in self.trained.items()}
 
     @torch.no_grad()
-    def put(self, weights: Mapping[str, torch.Tensor]) -> None:  # noqa: D102
+    def put(self, weights: Mapping[str, torch.Tensor]) -> None:
         for name, parameter in self.trained.items():
             parameter.copy_(weights[name])
 
     # --- the optimizer's state
 
-    def optimizer_state(self) -> dict[str, Any]:  # noqa: D102
+    def optimizer_state(self) -> dict[str, Any]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         inner = self.wrapped.optimizer.optimizer
@@ -132,7 +132,7 @@ class Zero2(Engine):
                 state[i] = {**copy.deepcopy(numbers), **whole}
         return {**self.template, "state": state}
 
-    def load_optimizer_state(self, state: dict[str, Any]) -> None:  # noqa: D102
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
         known = [of for of in state["state"].values() if of]
         if not known:
             return
@@ -160,7 +160,7 @@ class Zero2(Engine):
 
         safe_set_full_optimizer_state(parameter, value, key)
 
-    def close(self) -> None:  # noqa: D102
+    def close(self) -> None:
         if self.wrapped is not None:
             self.wrapped.destroy()
             self.wrapped = None
@@ -200,7 +200,7 @@ class Zero3(Zero2):
         """Bytes of the shards of this process."""
         return sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in self.model.parameters())
 
-    def read(self, model: Any, ask: Ask, batch: Any) -> Any:  # noqa: D102
+    def read(self, model: Any, ask: Ask, batch: Any) -> Any:
         return self.wrapped(ask, batch) if self.wrapped is not None else ask(model, batch)
 
     def _gathered(self) -> dict[str, torch.Tensor]:
@@ -211,13 +211,13 @@ class Zero3(Zero2):
         return made
 
     @torch.no_grad()
-    def put(self, weights: Mapping[str, torch.Tensor]) -> None:  # noqa: D102
+    def put(self, weights: Mapping[str, torch.Tensor]) -> None:
         for name, parameter in self.trained.items():
             with _gathered([parameter], modifier_rank=0):
                 parameter.copy_(weights[name])
 
     @contextmanager
-    def whole(self) -> Iterator[None]:  # noqa: D102
+    def whole(self) -> Iterator[None]:
         self.weights()  # which checks their sizes
         with _gathered(self.saved()):
             yield

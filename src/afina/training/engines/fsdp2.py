@@ -63,28 +63,28 @@ class FSDP2(Engine):
         return sum(p.numel() * p.element_size() for p in local)
 
     @property
-    def groups(self) -> list[dict[str, Any]]:  # noqa: D102
+    def groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
 
-    def loss(self, ask: Ask, batch: Any, *, last: bool) -> torch.Tensor:  # noqa: D102
+    def loss(self, ask: Ask, batch: Any, *, last: bool) -> torch.Tensor:
         self.wrapped.set_requires_gradient_sync(last)
         self.wrapped.set_is_last_backward(last)
         with self.autocast():
             return self.wrapped(ask, batch)  # type: ignore[no-any-return]
 
-    def backward(self, loss: torch.Tensor) -> None:  # noqa: D102
+    def backward(self, loss: torch.Tensor) -> None:
         (loss * self.processes).backward()  # type: ignore[no-untyped-call]
 
-    def step(self, max_norm: float) -> float:  # noqa: D102
+    def step(self, max_norm: float) -> float:
         norm: Any = nn.utils.clip_grad_norm_(self.trained.values(), max_norm)
         self.optimizer.step()
         self.forget()
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
-    def forget(self) -> None:  # noqa: D102
+    def forget(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
-    def read(self, model: Any, ask: Ask, batch: Any) -> Any:  # noqa: D102
+    def read(self, model: Any, ask: Ask, batch: Any) -> Any:
         return self.wrapped(ask, batch) if self.wrapped is not None else ask(model, batch)
 
     def _divide(self) -> None:
@@ -97,7 +97,7 @@ class FSDP2(Engine):
         return {name: _whole(p) for name, p in self.trained.items()}
 
     @torch.no_grad()
-    def put(self, weights: Mapping[str, torch.Tensor]) -> None:  # noqa: D102
+    def put(self, weights: Mapping[str, torch.Tensor]) -> None:
         self._divide()
         for name, parameter in self.trained.items():
             parameter.copy_(self._shard(weights[name].to(parameter.dtype), parameter))
@@ -106,11 +106,11 @@ class FSDP2(Engine):
         """This process's part of a tensor that all have."""
         return distribute_tensor(whole.to(self.device), self.mesh, like.placements, src_data_rank=None)
 
-    def optimizer_state(self) -> dict[str, Any]:  # noqa: D102
+    def optimizer_state(self) -> dict[str, Any]:
         state = self.optimizer.state_dict()
         return {**state, "state": {i: {k: _whole(v) for k, v in of.items()} for i, of in state["state"].items()}}
 
-    def load_optimizer_state(self, state: dict[str, Any]) -> None:  # noqa: D102
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
         parameters = [p for group in self.groups for p in group["params"]]
         divided = {
             i: {k: self._shard(v, parameters[i]) if _like(v, parameters[i]) else v for k, v in of.items()}
@@ -119,7 +119,7 @@ class FSDP2(Engine):
         self.optimizer.load_state_dict({**state, "state": divided})
 
     @contextmanager
-    def whole(self) -> Iterator[None]:  # noqa: D102
+    def whole(self) -> Iterator[None]:
         self._divide()
         self.weights()  # which checks their sizes
         whole = {id(p): nn.Parameter(_whole(p), requires_grad=p.requires_grad) for p in self.saved()}
