@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from afina.memory.allocators import Allocator, Heap, Pools
+from afina.memory.heap import LARGE
 
 __all__ = ["DEVICES", "allocator_of", "autocast_of", "backward", "hidden_of", "kernels_of", "overhead_of"]
 
@@ -27,7 +28,7 @@ _CUBLAS = 8_519_680  # bytes of cuBLAS' workspace, torch's default before Hopper
 
 def allocator_of(device: str) -> Allocator:
     """What tensors are taken from."""
-    return Pools() if device == "cuda" else Heap()
+    return Pools() if device == "cuda" else Heap(LARGE, rising=False)
 
 
 def overhead_of(device: str) -> dict[str, int]:

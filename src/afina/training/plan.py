@@ -29,10 +29,10 @@ from afina.data.example import Example
 from afina.data.sources import read_rows
 from afina.errors import ConfigError, Problems
 from afina.functions import get_peft_model
-from afina.memory.checkpointing import checkpoint_blocks
 from afina.memory.devices import allocator_of, autocast_of, backward, hidden_of, kernels_of, overhead_of
 from afina.memory.footprint import Footprint, Moment, divided
 from afina.memory.measure import resident
+from afina.memory.step import lean_step
 from afina.memory.storage import FLOATS, Storage, settled_weights
 from afina.memory.trace import Trace, faked
 from afina.tasks.catalogue import find_task
@@ -71,8 +71,7 @@ class Planner:
         """The footprint of a run with these settings, of one process. `training.gradient_accumulation` may not be auto."""
         options, memory, engine = recipe.training, recipe.memory, recipe.distributed
         model, task = self.adapted(memory.weights)
-        if memory.gradient_checkpointing:
-            checkpoint_blocks(model)
+        lean_step(model, torch.device("cpu"), gradient_checkpointing=memory.gradient_checkpointing)
         assert isinstance(options.gradient_accumulation, int)
         share = math.ceil(options.rows / self.processes)
         at_once = math.ceil(share / options.gradient_accumulation)
