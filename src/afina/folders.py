@@ -195,6 +195,7 @@ class AdapterFolders(nn.Module):
         source = f"{model_id}/{subfolder}" if subfolder else str(model_id)
         self.adapters.check_new_name(adapter_name)
         config = config or AdapterConfig.from_pretrained(model_id, subfolder=subfolder, **hub)
+        config.check_file(source)
         config = changed(config, inference_mode=not is_trainable)
         if not autocast_adapter_dtype:
             config.autocast_adapter_dtype = False  # type: ignore[attr-defined,union-attr]

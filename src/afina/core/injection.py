@@ -14,6 +14,7 @@ from afina.core.adapted import AdaptedLayer
 from afina.core.adapter import Adapter, Placement, SavedModule
 from afina.core.codecs import codec_of
 from afina.core.config import AdapterConfig, TargetedConfig
+from afina.core.initialise import begin
 from afina.core.layers import ParameterView, view_of
 from afina.core.plan import is_loaded, make_plan, resolved, with_new_heads
 from afina.core.registry import method_for
@@ -94,6 +95,8 @@ class AdapterSet:
         if isinstance(config, TargetedConfig):
             config = resolved(self.map, config, plan)
         built = self._build(plan, config, initialise)
+        if initialise:
+            begin(self.model, config, built)
         if not self.configs:
             self._freeze()
         for placement, view, adapter in built:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from afina.core.adapter import Adapter, Base, Delta, Placement, cast, drop
 from afina.core.config import TargetedConfig, option
 from afina.core.layers import view_of
-from afina.core.lowrank import can_fuse, low_rank_linear
+from afina.core.lowrank import fused_dtype, low_rank_linear
 from afina.core.registry import register
 from afina.core.targets import ModuleMap, matches_any
 from afina.core.ties import tied_names
@@ -33,7 +33,7 @@ from afina.methods.bitfit import Bias
 
 __all__ = ["LoRA", "LoraConfig"]
 
-_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations of PEFT
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "lora_ga")  # initialisations of PEFT
 _ONLY_READ = ("eva", "orthogonal")
 
 
@@ -46,7 +46,7 @@ class LoraConfig(TargetedConfig):
     beyond_peft: ClassVar[frozenset[str]] = frozenset()
     foreign: ClassVar[Mapping[str, Any]] = {
         "alora_invocation_tokens": None, "arrow_config": None, "corda_config": None, "eva_config": None,
-        "kasa_config": None, "layer_replication": None, "loftq_config": {}, "lora_ga_config": None,
+        "kasa_config": None, "layer_replication": None, "lora_ga_config": None,
         "megatron_config": None, "megatron_core": "megatron.core", "monteclora_config": None, "qalora_group_size": 16,
         "runtime_config": None, "use_bdlora": None, "use_qalora": False, "velora_config": None,
     }  # fmt: skip
@@ -57,7 +57,10 @@ class LoraConfig(TargetedConfig):
     fan_in_fan_out: bool = option(False, "in PEFT's files; afina sees for itself how a layer stores its weight")
     bias: str = option("none", "train biases as well", choices=("none", "all", "lora_only"))
     use_rslora: bool = option(False, "scale by lora_alpha / sqrt(r) instead")
-    init_lora_weights: Any = option(True, "True or 'gaussian': start as the base; False: both factors random")
+    init_lora_weights: Any = option(
+        True, "True or 'gaussian': start as the base; 'loftq': closer to the base before it was quantised; False: random"
+    )
+    loftq_config: Any = option(None, "with 'loftq': {loftq_bits: bits of the base}, checked against it", factory=dict)
     rank_pattern: dict[str, int] = option(None, "rank of the modules that a pattern names", factory=dict)
     alpha_pattern: dict[str, float] = option(None, "lora_alpha of the modules that a pattern names", factory=dict)
     use_dora: bool = option(False, "train direction and magnitude apart (DoRA)")
@@ -72,14 +75,44 @@ class LoraConfig(TargetedConfig):
                 f"init_lora_weights={init!r} changed the base it was trained on, so its file alone does not fit the base; "
                 "convert it in PEFT with save_pretrained(..., path_initial_model_for_weight_conversion=...)"
             )
-        elif init not in (True, False, "gaussian", *_ONLY_READ):
-            problems.add(f"init_lora_weights={init!r}: expected True, False or 'gaussian'")
+        elif init not in (True, False, "gaussian", "loftq", *_ONLY_READ):
+            problems.add(f"init_lora_weights={init!r}: expected True, False, 'gaussian' or 'loftq'")
+        self._check_loftq(problems)
         if self.lora_bias and self.use_dora:
             problems.add("lora_bias=True and use_dora=True exclude each other: DoRA rescales what the bias is added to")
         if self.target_parameters:
             for name in ("lora_dropout", "use_dora", "lora_bias"):
                 if getattr(self, name):
                     problems.add(f"{name}={getattr(self, name)!r} is not possible with target_parameters")
+
+    def _check_loftq(self, problems: Problems) -> None:
+        asked = self.loftq_config or {}
+        asked = dict(asked) if isinstance(asked, Mapping) else vars(asked)  # PEFT's LoftQConfig
+        self.loftq_config = asked
+        if asked and self.init_lora_weights != "loftq":
+            problems.add("loftq_config says nothing without init_lora_weights='loftq'")
+        for key in asked.keys() - {"loftq_bits", "loftq_iter"}:
+            problems.add(f"loftq_config: {key!r} is not known.{did_you_mean(key, ['loftq_bits', 'loftq_iter'])}")
+        if (times := asked.get("loftq_iter", 1)) != 1:
+            problems.add(
+                f"loftq_iter={times}: every further step quantises the base anew, so that the adapter that is saved would "
+                "not fit the base as it is loaded; for that base one step is the best there is. Leave it out"
+            )
+        if self.init_lora_weights == "loftq" and self.use_dora:
+            problems.add("init_lora_weights='loftq' is not done with use_dora=True")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is written: an adapter that began by LoftQ applies to the base as it is, so nothing is to be said of it."""
+        written = super().to_dict()
+        return written | ({"init_lora_weights": True, "loftq_config": {}} if self.init_lora_weights == "loftq" else {})
+
+    def check_file(self, source: str) -> None:
+        """Raise ConfigError where a file that another tool wrote belongs to a base that was changed for it."""
+        if self.init_lora_weights == "loftq":
+            raise ConfigError(
+                f"{source}: init_lora_weights='loftq' of PEFT changed the base it was trained on, so its file alone does "
+                "not fit the base; merge it in PEFT"
+            )
 
     @property
     def scaling(self) -> float:
@@ -141,6 +174,16 @@ class LoRA(Delta):
         if config.lora_bias:
             self.lora_bias.zero_()
 
+    @torch.no_grad()
+    def approximate(self, change: torch.Tensor) -> None:
+        """Make the product that is added the closest of its rank to `change` `[out, in]` (linear layers)."""
+        u, s, v = torch.linalg.svd(change.float() / self.scaling, full_matrices=False)
+        root, r = s[: self.r].sqrt(), len(s[: self.r])
+        self.lora_A.zero_()
+        self.lora_B.zero_()
+        self.lora_A[:r] = (root[:, None] * v[:r]).to(self.lora_A.dtype)
+        self.lora_B[:, :r] = (u[:, :r] * root).to(self.lora_B.dtype)
+
     def delta_weight(self) -> torch.Tensor:
         if self.view.kind != "parameter" or len(self.view.weight_shape) == 2:
             return self.lora_B.flatten(1) @ self.lora_A.flatten(1) * self.scaling
@@ -167,11 +210,13 @@ class LoRA(Delta):
         if torch.compiler.is_compiling():  # the compiler fuses by itself
             return self.add_to(base(x), x)
         product = base.product()
-        if product is None or not self._is_product or not can_fuse(x, product[0]):
+        dtype = fused_dtype(x, product[0]) if product is not None and self._is_product else None
+        if product is None or dtype is None:
             return self.add_to(base(x), x)
-        factors, base.dtype = self._parameters, x.dtype
-        down, up = cast(factors["lora_A"], x), cast(factors["lora_B"], x)  # type: ignore[arg-type]
-        return low_rank_linear(x, *product, down, up, self.scaling, self.p if self.training else 0.0)
+        factors, base.dtype = self._parameters, dtype
+        down: Any = factors["lora_A"]
+        up: Any = factors["lora_B"]
+        return low_rank_linear(x, *product, down, up, self.scaling, self.p if self.training else 0.0, dtype)
 
     @cached_property
     def _is_product(self) -> bool:
