@@ -162,13 +162,62 @@ def test_a_layer_that_may_do_more_is_called(change: Any, calls: list[int]) -> No
     assert not calls
 
 
-def test_under_autocast_and_functorch_it_stands_back(calls: list[int]) -> None:
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_under_autocast_it_is_the_plain_formula_in_the_type_of_autocast(
+    stored: torch.dtype, given: torch.dtype, p: float, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from afina.methods import lora
+
+    model, base = adapted(lora_dropout=p)
+    base.to(stored)
+    x = torch.randn(2, 3, 5).to(given).requires_grad_()
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = model.train()(x)
+        assert y.dtype == torch.bfloat16
+        parameters = [q for q in model.parameters() if q.requires_grad]
+        found.append((y.float(), *(g.float() for g in torch.autograd.grad(y.float().square().sum(), [x, *parameters]))))
+        assert all(q.dtype == torch.float32 for q in parameters)
+        monkeypatch.setattr(lora, "fused_dtype", lambda x, weight: None)
+    assert len(calls) == 1
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.03 * float(other.detach().abs().max()))
+
+
+def test_under_autocast_no_copy_of_the_weight_is_kept() -> None:
+    model, base = adapted()
+    x, kept = torch.randn(3, 5, requires_grad=True), []
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+    ):
+        model.train()(x)
+    assert not [t for t in kept if t is not None and t.shape == base.weight.shape and t.dtype == torch.bfloat16]
+
+
+def test_a_transposed_layer_is_fused_too(calls: list[int]) -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(5)
+    base = nn.Sequential(Conv1D(7, 5))
+    config = afina.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model = afina.get_peft_model(base, config)
+    x = torch.randn(2, 3, 5)
+    y = model(x)
+    assert calls
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), y)
+
+
+def test_under_functorch_it_stands_back(calls: list[int]) -> None:
     model, _ = adapted()
     x = torch.randn(3, 5)
     whole = model(x)
     calls.clear()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert model(x).dtype == torch.bfloat16
     torch.testing.assert_close(torch.func.vmap(model)(x), whole)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     gradients = torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).sum())(parameters)
@@ -201,6 +250,10 @@ def test_no_tensor_of_the_size_of_the_output_is_kept() -> None:
     assert sum(t.untyped_storage().nbytes() for t in extra) <= 64 * (2 * 4 + 5)  # A x, and one byte a value of x
 
 
-def test_can_fuse_needs_one_dtype() -> None:
-    assert lowrank.can_fuse(torch.randn(2, 3), torch.randn(4, 3))
-    assert not lowrank.can_fuse(torch.randn(2, 3).bfloat16(), torch.randn(4, 3))
+def test_it_needs_one_dtype_or_autocast() -> None:
+    full, half = torch.randn(2, 3), torch.randn(2, 3).bfloat16()
+    assert lowrank.fused_dtype(full, full) == torch.float32
+    assert lowrank.fused_dtype(half, full) is None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert lowrank.fused_dtype(half, full) == lowrank.fused_dtype(full, half) == torch.bfloat16
+        assert lowrank.fused_dtype(full.double(), full) is None

@@ -85,7 +85,7 @@ class LayerView:
         parameters, no hooks, no forward put in the place of its own. None where it may be more."""
         layer = self.layer
         own = layer.__dict__
-        if type(layer) is not nn.Linear or "forward" in own or _has_any_global_hook():
+        if not self._is_plain or "forward" in own or _has_any_global_hook():
             return None
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
             return None
@@ -93,6 +93,11 @@ class LayerView:
         if type(weight) is not nn.Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
             return None
         return weight, bias
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether the layer's class computes a product and nothing else."""
+        return type(self.layer) is nn.Linear
 
     def prepare(self) -> None:
         """Make the layer ready to be adapted."""
@@ -146,6 +151,14 @@ class LayerView:
 
 class TransposedView(LayerView):
     kind = "linear"
+
+    @property
+    def _is_plain(self) -> bool:
+        return type(self.layer).__name__ == "Conv1D"
+
+    def product(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        found = super().product()
+        return None if found is None else (found[0].T, found[1])
 
     def weight(self) -> torch.Tensor:
         return super().weight().T

@@ -7,17 +7,17 @@ stay where they are. The loss inside the output head is left alone: its tensors 
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from afina.errors import ConfigError
+from afina.memory.keeping import Mover
 
-__all__ = ["check_offload", "offload_activations"]
+__all__ = ["activation_mover", "check_offload"]
 
 _SMALLEST = 1 << 20  # bytes; less is not worth a copy
 _LEAVING = 3  # tensors that may be on their way out at once; the device keeps them until they are out
@@ -32,30 +32,10 @@ def check_offload(device: torch.device, option: str = "memory.activation_offload
         )
 
 
-def offload_activations(model: nn.Module, device: torch.device, option: str = "memory.activation_offload") -> None:
-    """From now on each forward pass of `model` under gradients puts what it saves for backward into the host's memory.
-
-    Raises ConfigError as `check_offload` does.
-    """
+def activation_mover(device: torch.device, option: str = "memory.activation_offload") -> Mover:
+    """Who takes what is kept for backward from `device` to the host; for `keep_less`. Raises as `check_offload` does."""
     check_offload(device, option)
-    _install(model, _Mover(device))
-
-
-def _install(model: nn.Module, mover: _Mover) -> None:
-    entered: list[ExitStack] = []
-
-    def enter(module: nn.Module, args: Any) -> None:
-        stack = ExitStack()
-        if torch.is_grad_enabled():
-            mover.begin(model)
-            stack.enter_context(saved_tensors_hooks(mover.pack, mover.unpack))
-        entered.append(stack)
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        entered.pop().close()
-
-    model.register_forward_pre_hook(enter)
-    model.register_forward_hook(leave, always_call=True)
+    return _Mover(device)
 
 
 class _Away:

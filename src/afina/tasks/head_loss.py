@@ -33,7 +33,7 @@ from afina.tasks.task import IGNORED
 __all__ = ["Aim", "Behind", "loss_sum", "losses_and_hits", "supervised", "why_whole"]
 
 
-_VALUES = 1 << 25  # logits that are there at once; 128 MB in float32
+_VALUES = 1 << 23  # logits that are there at once; 32 MB in float32
 _STILL_STRAIGHT = 1e-12  # a cap changes so small a value by less than rounding
 _HALF_LIFT = 1024.0  # keeps small gradients of float16 logits above zero
 

@@ -37,10 +37,10 @@ from afina.errors import (
     did_you_mean,
 )
 from afina.functions import get_peft_model
-from afina.memory.checkpointing import checkpoint_blocks
 from afina.memory.loading import check_library
 from afina.memory.measure import release
-from afina.memory.offload import check_offload, offload_activations
+from afina.memory.offload import check_offload
+from afina.memory.step import lean_step
 from afina.memory.storage import Storage, settled_weights
 from afina.model import PeftModel
 from afina.report.card import write_card
@@ -57,10 +57,12 @@ from afina.training.first import first_of_the_node
 from afina.training.loop import Fitted, fit, predict
 from afina.training.models import ModelSource, find_model, load_config, load_tokenizer
 from afina.training.parts import settle_parts
+from afina.training.plan import planner_of
 from afina.training.precision import choose_precision
 from afina.training.recipe import Recipe
 from afina.training.trackers import Trackers
 from afina.training.vocabulary import add_tokens, fit_embeddings
+from afina.training.within_limit import Choice, settle
 
 __all__ = ["Run", "prepare", "write_csv"]
 
@@ -172,6 +174,10 @@ def _prepared(
         asked = f"{spell('training.best')}={recipe.training.best!r}"
         raise ConfigError(f"{asked}: these rows give no such figure.{did_you_mean(recipe.training.best, task.figures)}")
     recipe.memory.weights = _weights(recipe.memory.weights, load_config(source), precision, spell)
+    choice = None
+    if recipe.memory.limit is not None:
+        planner = planner_of(recipe, task, source, config, splits, "cpu" if device.type == "cpu" else "cuda", precision)
+        choice = settle(planner, recipe, spell)
     task.storage = Storage.of(recipe.memory.weights, load_config(source))
     torch.manual_seed(recipe.training.seed)
     config.base_model_name_or_path = source.public_name
@@ -185,10 +191,10 @@ def _prepared(
     if idle and isinstance(config, TargetedConfig) and config.exclude_modules is None:
         config.exclude_modules = idle
     model = get_peft_model(base, config)
-    if recipe.memory.gradient_checkpointing:
-        checkpoint_blocks(model, spell("memory.gradient_checkpointing"))
-    if recipe.memory.activation_offload:
-        offload_activations(model, device, spell("memory.activation_offload"))
+    lean_step(
+        model, device, gradient_checkpointing=recipe.memory.gradient_checkpointing,
+        activation_offload=recipe.memory.activation_offload, spell=spell,
+    )  # fmt: skip
     notes += task.paths(model)
     recipe.resolve_method(model.peft_config["default"])
     everything = [e for examples in splits.values() for e in examples]
@@ -198,7 +204,7 @@ def _prepared(
     rows = _sides(splits, encoded)
     return Run(
         recipe, output or Path(), source, task, model, rows, done, columns, notes, encoded, precision, overwrite, resume,
-        from_step,
+        from_step, choice,
     )  # fmt: skip
 
 
@@ -230,6 +236,7 @@ class Run:
     overwrite: bool = False
     resume: bool = False
     from_step: int | None = None
+    choice: Choice | None = None  # of settings that fit into memory.limit
 
     def classes(self, split: str) -> dict[str, int]:
         """Rows of each class on one side of the split."""
