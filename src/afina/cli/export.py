@@ -103,7 +103,7 @@ def _show(done: Any) -> None:
     if done.speed is not None:
         figures["speed"] = (
             f"{done.speed.after:.0f} rows a second, the merged model {done.speed.before:.0f}: {done.speed.ratio:.1f} times "
-            f"(medians of alternating rounds, threads: {done.speed.threads})"
+            f"(of processor time {done.speed.cpu:.1f}; medians of alternating rounds, threads: {done.speed.threads})"
         )
     figures["answers"] = done.replay.said()
     for i, note in enumerate(done.notes):

@@ -342,8 +342,8 @@ class Gguf(Format):
         writer = gguf.GGUFWriter(folder / FILE, architecture_of(config))
         try:
             writer.add_type("model")
-            # readers take a name with "mistral" in it for what tells Mistral from Llama
-            writer.add_name("mistral" if config.model_type == "mistral" else source.run.name.replace("mistral", "m"))
+            # transformers takes a name with "mistral" in it for an architecture that gguf does not know; it is Llama's
+            writer.add_name(source.run.resolve().name.replace("mistral", "m"))
             writer.add_file_type(int(gguf.LlamaFileType[_FILE_TYPES[quantisation]]))
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
             add_architecture(writer, config)

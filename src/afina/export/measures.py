@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,7 @@ _BATCH = 16  # rows read at once where speed is measured
 _BATCHES, _ROUNDS = 4, 7
 
 
-def figures_of(
-    model: Any, task: Task, examples: Sequence[Example], features: Sequence[Feature]
-) -> dict[str, Any]:
+def figures_of(model: Any, task: Task, examples: Sequence[Example], features: Sequence[Feature]) -> dict[str, Any]:
     """The figures of the task that are shown, of labelled rows."""
     made = task.metrics(ask_rows(model, task, examples, features), examples)
     return {key: made[key] for key in task.figures if made.get(key) is not None}
@@ -38,10 +36,12 @@ def drop(figure: Figure, before: float, after: float) -> float:
 
 @dataclass
 class Speed:
-    """Rows a second, medians of alternating rounds, of the run's model in float32 and of the artefact."""
+    """Rows a second, medians of alternating rounds, of the merged model and of the artefact. `cpu` is the ratio of processor
+    time, which other work on the machine disturbs less."""
 
     before: float
     after: float
+    cpu: float
     threads: int
 
     @property
@@ -56,14 +56,17 @@ def alternated(before: Any, after: Any, task: Task, features: Sequence[Feature],
     step = max(1, len(features) // (_BATCH * _BATCHES))
     some = [{**f, "row": 0} for f in features[::step][: _BATCH * _BATCHES]]
     batches = [task.collate(some[i : i + _BATCH]) for i in range(0, len(some), _BATCH)]
-    spent: Mapping[str, list[float]] = {"before": [], "after": []}
+    spent: dict[str, list[float]] = {"before": [], "after": []}
+    worked: dict[str, list[float]] = {"before": [], "after": []}
     models = [("before", before), ("after", after)]
     for number in range(-1, rounds):  # the first round warms up
         for name, model in models if number % 2 else reversed(models):
-            start = time.perf_counter()
+            start, work = time.perf_counter(), time.process_time()
             for batch in batches:
                 task.outputs(model, batch)
             if number >= 0:
                 spent[name].append(time.perf_counter() - start)
-    seconds = {name: statistics.median(times) for name, times in spent.items()}
-    return Speed(len(some) / seconds["before"], len(some) / seconds["after"], torch.get_num_threads())
+                worked[name].append(time.process_time() - work)
+    before_s, after_s = (statistics.median(spent[name]) for name in ("before", "after"))
+    cpu = statistics.median(worked["before"]) / statistics.median(worked["after"])
+    return Speed(len(some) / before_s, len(some) / after_s, cpu, torch.get_num_threads())

@@ -1,0 +1,162 @@
+"""Each format of each task answers as the run does, in its own runtime, on rows that are no golden prompts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from runs_made import CASES, exported, task_run
+
+from afina.errors import CheckpointError, ConfigError, MergeError
+from afina.export.exporting import verify
+from afina.export.formats import find_format
+from afina.export.golden import read_golden
+from afina.tasks.catalogue import task_from_settings
+from afina.training.trained import TrainedRun
+
+TRACED = ("sequence_classification", "regression", "sentence_similarity", "causal_lm", "seq2seq")
+
+
+def rows_of(trained):
+    """Examples of the test split."""
+    from afina.data.read import read_table
+
+    names = trained.columns
+    table = read_table(trained.folder / "data" / "test.csv", set(names.values()))
+    return trained.examples([{role: row[n] for role, n in names.items()} for row in table.rows], table.lines)
+
+
+@torch.no_grad()
+def outputs(model, task, examples, length):
+    """Numbers that equal models agree on, of all rows in one padded batch."""
+    features = task.encode(examples, length, length).features
+    return task.outputs(model, task.collate([{**f, "row": 0} for f in features])).numpy()
+
+
+def both(run, name, folder):
+    """Outputs of the run and of the artefact on the test rows, and of the base without the adapter."""
+    trained, made = TrainedRun.load(run), find_format(name)
+    task = task_from_settings(read_golden(folder)["task"], made.tokenizer(folder))
+    examples, length = rows_of(trained), trained.recipe.training.max_length
+    model = trained.model.eval()
+    with model.disable_adapter():
+        bare = outputs(model, trained.task, examples, length)
+    return outputs(model, trained.task, examples, length), outputs(made.load(folder, task), task, examples, length), bare
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_merged(runs, name, tmp_path):
+    done = exported(runs(name), "merged", tmp_path / "out")
+    ours, theirs, bare = both(runs(name), "merged", done.folder)
+    np.testing.assert_allclose(theirs, ours, atol=2e-5)
+    assert np.abs(ours - bare).max() > 1e-3  # the adapter is in it
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]  # nothing is left beside
+    assert verify(done.folder)[1] == "merged"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_int8(runs, exports, name):
+    done = exports(name, "int8")
+    ours, theirs, bare = both(runs(name), "int8", done.folder)
+    error, moved = np.abs(theirs - ours).mean(), np.abs(bare - ours).mean()
+    assert 0 < error < 0.35 * moved  # rounded, and far nearer to the run than to its base
+    assert done.bytes < 0.62 * done.merged_bytes  # of models this small the tokenizer is the most
+    assert done.rows > 0
+    assert set(done.figures) >= {next(iter(TrainedRun.load(runs(name)).task.figures))}
+    verify(done.folder)
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_onnx(runs, exports, name):
+    done = exports(name, "onnx")
+    ours, theirs, _ = both(runs(name), "onnx", done.folder)
+    np.testing.assert_allclose(theirs, ours, atol=2e-5)
+    for graph in done.folder.glob("*.onnx"):
+        assert b"/site-packages/" not in graph.read_bytes()  # where it was traced is nobody's business
+
+
+@pytest.mark.parametrize(("name", "output"), [
+    ("sequence_classification", "probabilities"), ("regression", "value"), ("sentence_similarity", "sentence_embedding"),
+])  # fmt: skip
+def test_onnx_gives_the_answers_themselves(runs, exports, name, output):
+    import onnxruntime
+
+    done = exports(name, "onnx")
+    trained = TrainedRun.load(runs(name))
+    examples = [replace(e, label="") for e in rows_of(trained)][:3]
+    if name == "sentence_similarity":
+        examples = [replace(e, value=(e.value[0], None)) for e in examples]
+    answers = trained.answers(examples)
+    session = onnxruntime.InferenceSession(done.folder / "model.onnx")
+    assert [value.shape for value in session.get_inputs()] == [["rows", "tokens"]] * len(session.get_inputs())
+    texts = [e.value[0] if e.value else e.text for e in examples]
+    given = trained.task.tokenizer(texts, padding=True, return_tensors="np")
+    wanted = {value.name: given[value.name] for value in session.get_inputs()}
+    (found,) = session.run([output], wanted)
+    np.testing.assert_allclose(found, np.stack([np.asarray(a).reshape(found[0].shape) for a in answers]), rtol=1e-4, atol=1e-4)
+
+
+def test_onnx_int8(runs, exports):
+    done = exports("sequence_classification", "onnx-int8")
+    ours, theirs, bare = both(runs("sequence_classification"), "onnx-int8", done.folder)
+    assert 0 < np.abs(theirs - ours).mean() < 0.35 * np.abs(bare - ours).mean()
+    assert done.speed is not None
+    assert done.speed.ratio > 0
+
+
+def test_merged_loads_where_afina_is_not(runs, exports):
+    """Plain transformers, in a process that cannot import afina, answers as the run."""
+    done = exports("sequence_classification", "merged")
+    trained = TrainedRun.load(runs("sequence_classification"))
+    example = rows_of(trained)[0]
+    code = (
+        "import sys, json; sys.modules['afina'] = None\n"
+        "import torch; from transformers import AutoModelForSequenceClassification, AutoTokenizer\n"
+        "folder, text = sys.argv[1:]\n"
+        "model, words = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)\n"
+        "with torch.no_grad(): p = model(**words(text, return_tensors='pt')).logits.softmax(-1)[0].tolist()\n"
+        "print(json.dumps({model.config.id2label[i]: q for i, q in enumerate(p)}))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code, str(done.folder), example.text], capture_output=True, text=True, check=True
+    )
+    (answer,) = trained.answers([replace(example, label="")])
+    expected = trained.task.respond(answer, example)["probabilities"]
+    found = json.loads(said.stdout.splitlines()[-1])
+    assert found.keys() == expected.keys()
+    assert all(abs(found[label] - expected[label]) < 1e-5 for label in expected)
+
+
+def test_what_cannot_be_says_what_can(runs, tmp_path):
+    for name in ("gguf", "gguf-adapter"):
+        with pytest.raises(ConfigError, match=r"causal_lm.*regression.*int8"):
+            exported(runs("regression"), name, tmp_path / "out")
+    with pytest.raises(ConfigError, match="Did you mean 'merged'"):
+        exported(runs("regression"), "mergd", tmp_path / "out")
+    with pytest.raises(ConfigError, match="not quantised"):
+        exported(runs("regression"), "merged", tmp_path / "out", base="pristine")
+    run = task_run("sequence_classification", tmp_path / "made", method={"name": "bottleneck"})
+    with pytest.raises(MergeError, match=r"cannot be merged[\s\S]*afina predict"):
+        exported(run, "merged", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_large_a_drop_is_refused_and_leaves_nothing(runs, tmp_path, monkeypatch):
+    """Weights rounded to three values answer otherwise, and the figure tells."""
+    from afina.export import int8
+
+    def coarse(weight):
+        values, scale = int8_rounded(weight)
+        return (values.float() / 127).round().mul(127).to(torch.int8), scale
+
+    int8_rounded = int8.rounded
+    monkeypatch.setattr(int8, "rounded", coarse)
+    monkeypatch.setattr(int8, "_TOLERANCE", 1.0)  # not told by the golden prompts before
+    with pytest.raises(CheckpointError, match=r"RMSE on the \d+ validation rows went from .* --max-drop allows 0\.10%"):
+        exported(runs("regression"), "int8", tmp_path / "out", max_drop=0.001)
+    assert not any(tmp_path.iterdir())
