@@ -5,14 +5,21 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import json
+import re
+import shutil
 import struct
 import time
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
-from serving_runs import conversations, texts
+from serving_runs import conversations, running, texts
 
+from afina.serving.app import make_app
+from afina.serving.limits import Limits
+from afina.serving.models import load_models
+from afina.serving.trial import try_out
 from afina.training.trained import TrainedRun
 
 
@@ -245,3 +252,56 @@ def test_what_there_is_to_be_asked(client, address):
     counts = {line.split()[0]: float(line.split()[1]) for line in told.splitlines() if line.startswith("afina_batch")}
     assert counts["afina_batch_adapters_count"] > counts['afina_batch_adapters_bucket{le="1.0"}']  # some were mixed
     assert json.loads(httpx.get(f"{address}/openapi.json").text)["paths"]["/classify"]["post"]["requestBody"]["required"]
+
+
+def test_a_run_of_several_beams_answers_as_predict_in_one_call(writers, tmp_path):
+    folder = shutil.copytree(writers["source"], tmp_path / "beams")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["task"]["options"]["num_beams"] = 3
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    made = load_models({"beams": folder})
+    try_out(made)
+    assert made.by_name["beams"].whole
+    assert any("num_beams" in note for note in made.notes)
+    run = TrainedRun.load(folder)
+    asked = questions(4)
+    right = [a.text for a in run.answers(run.asked([{"text": q} for q in asked]))]
+    with running(make_app(made, Limits())) as address, openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
+        assert [c.text for c in client.completions.create(model="beams", prompt=asked).choices] == right
+        streamed = client.completions.create(model="beams", prompt=asked[0], stream=True)
+        assert "".join(piece.choices[0].text for piece in streamed) == right[0]
+        with pytest.raises(openai.BadRequestError, match="no temperature"):
+            client.completions.create(model="beams", prompt=asked[0], temperature=1.0)
+
+
+def test_what_the_document_shows_can_be_done(address):
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    code = re.search(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[1]
+    names = {"http://127.0.0.1:8000": address, 'model="chat"': 'model="first"', 'model="similar"': 'model="alike"'}
+    for shown, ours in names.items():
+        assert shown in code
+        code = code.replace(shown, ours)
+    found = {}
+    exec(code, found)
+    assert len(found["vectors"]) == 2
+    command = re.search(r"^```sh\n(curl .*?)^```$", text, re.MULTILINE | re.DOTALL)[1]
+    url, header, data = re.search(r"curl (\S+) -H '(.*?)'.*-d '(.*?)'", command, re.DOTALL).groups()
+    body = {**json.loads(data), "model": "two"}
+    answer = httpx.post(url.replace("http://127.0.0.1:8000", address), json=body, headers=[tuple(header.split(": "))])
+    shown = json.loads(re.search(r"^```json\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[1])
+    assert set(answer.json()) == set(shown)
+    assert [set(one) for one in answer.json()["data"]] == [set(one) for one in shown["data"]]
+    paths = set(re.findall(r"`(/[a-z0-9/_]+)`", text))
+    known = set(httpx.get(f"{address}/openapi.json").json()["paths"])
+    assert {"/v1/completions", "/classify", "/metrics"} <= paths <= known
+
+
+def test_every_option_of_the_command_is_in_the_document():
+    from typer.main import get_command
+
+    from afina.cli.main import app
+
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    options = {o for p in get_command(app).commands["serve"].params for o in p.opts if o.startswith("--")}
+    assert {o for o in options if f"`{o}" not in text and f" {o}" not in text} <= {"--host", "--port"}
+    assert set(re.findall(r"`(--[a-z-]+)", text)) - options <= {"--max-lora-rank", "--dtype"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import threading
 import time
 
@@ -12,7 +13,7 @@ import httpx
 import pytest
 from serving_runs import running
 
-from afina.serving import writing
+from afina.serving import door, writing
 from afina.serving.app import make_app
 from afina.serving.engine import Engine, Reading
 from afina.serving.limits import Limits
@@ -108,6 +109,20 @@ def test_a_body_that_does_not_come_is_not_waited_for(models):
 
         assert b"408" in asyncio.run(ask())
         settled(address)
+
+
+def test_who_does_not_take_the_answer_keeps_no_place(models, monkeypatch):
+    monkeypatch.setattr(door, "_GRACE", 0.2)
+    with running(make_app(models, Limits(timeout=2.0, max_body=10**6))) as address:
+        host, port = address.removeprefix("http://").split(":")
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect((host, int(port)))
+            body = json.dumps({"model": "alike", "input": ["w1 w2"] * 2048, "encoding_format": "float"})
+            lines = ["POST /v1/embeddings HTTP/1.1", "Host: x", "Content-Type: application/json"]
+            client.sendall("\r\n".join([*lines, f"Content-Length: {len(body)}", "", body]).encode())
+            settled(address, value=1.0)
+            settled(address, seconds=15.0)  # though nothing was read
 
 
 @pytest.mark.parametrize("stream", [False, True])

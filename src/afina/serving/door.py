@@ -5,6 +5,7 @@ It is a plain ASGI layer, so that a request counts as inside until the last piec
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
@@ -19,6 +20,7 @@ from afina.serving.request_error import RequestError
 __all__ = ["Door", "read_body"]
 
 logger = logging.getLogger("afina.serving")
+_GRACE = 5.0  # seconds after the time limit in which the answer must have been taken
 _OPEN = frozenset({"/health"})  # asked by what starts and stops servers, which has no key
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -58,7 +60,10 @@ class Door:
                     429, f"{self.limits.queue} requests are inside already (--queue); try again later",
                     headers={"retry-after": str(self._wait())}, code="queue_full",
                 )  # fmt: skip
-            await self.app(scope, receive, sent)
+            async with asyncio.timeout(self.limits.timeout + _GRACE):
+                await self.app(scope, receive, sent)
+        except TimeoutError:
+            logger.warning("request %s: the client did not take its answer in time; dropped", scope["afina"]["id"])
         except RequestError as refused:
             await respond(sent, refused.status, refused.body(), refused.headers)
         except Exception as error:
