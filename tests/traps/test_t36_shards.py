@@ -52,7 +52,7 @@ def test_t36_weights_of_another_size_are_refused(divided, monkeypatch):
     assert all(torch.equal(made[name], value) for name, value in before.items())
     name = next(iter(made))
     monkeypatch.setattr(engine, "_gathered", lambda: {**made, name: made[name][:1]})
-    with pytest.raises(TrainingError, match="did not come back whole.*expected"):
+    with pytest.raises(TrainingError, match=r"did not come back whole.*expected"):
         engine.weights()
 
 

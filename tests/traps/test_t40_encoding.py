@@ -15,8 +15,8 @@ from tiny_bases import save_bert, write_rows
 
 from afina.errors import ConfigError, LostProcessError
 from afina.tasks.sequence_classification import SequenceClassification
-from afina.training.recipe import DataOptions, Recipe, TrainingOptions
 from afina.training import first
+from afina.training.recipe import DataOptions, Recipe, TrainingOptions
 from afina.training.run import prepare
 
 

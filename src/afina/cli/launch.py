@@ -66,9 +66,9 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
 
 def command_again(output: Any) -> str:
     """The command that goes on with a run, as this one was started."""
-    count, launched = os.environ.get("WORLD_SIZE", "1"), _MARK in os.environ
-    start = ["afina", "train"] if launched or count == "1" else ["torchrun", "--nproc-per-node", count, "-m", "afina", "train"]
-    return shlex.join([*start, *(["--processes", count] if launched else []), "--resume", "--output", str(output)])
+    count, own = os.environ.get("WORLD_SIZE", "1"), _MARK in os.environ
+    start = ["afina"] if own or count == "1" else ["torchrun", "--nproc-per-node", count, "-m", "afina"]
+    return shlex.join([*start, "train", *(["--processes", count] if own else []), "--resume", "--output", str(output)])
 
 
 def end_with_the_launcher() -> None:
@@ -87,7 +87,7 @@ def _check(processes: int) -> None:
 
 
 def _start(rank: int, processes: int, arguments: list[str], stack: ExitStack) -> Started:
-    said = None if rank == 0 else stack.enter_context(tempfile.TemporaryFile())
+    said = None if rank == 0 else stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 (the stack closes it)
     environment = {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)),
         "TORCH_CPP_LOG_LEVEL": "ERROR",

@@ -20,7 +20,7 @@ ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (DDP, FSDP
 
 
 def make_engine(precision: str, name: str = "ddp", *, offload: bool = False) -> Engine:
-    """The engine of a run, with the devices and processes there are. Raises MissingDependencyError for a library it needs."""
+    """The engine of a run, on the devices there are. Raises MissingDependencyError where a library is missing."""
     return ENGINES[name](precision, offload=offload)
 
 
@@ -42,8 +42,8 @@ def check_engine(recipe: Any, precision: str, problems: Problems, spell: Callabl
         problems.add(f"{spell('training.precision')}=fp16 with {asked}: take bf16 or fp32, or engine ddp")
     if engine.sharded and recipe.memory.weights not in (*FLOATS, "auto"):
         problems.add(
-            f"{spell('memory.weights')}={recipe.memory.weights} cannot be cut into shards as {asked} does; take engine ddp or "
-            "zero2, which keep the quantised weights whole in each process, or weights bf16"
+            f"{spell('memory.weights')}={recipe.memory.weights} cannot be cut into shards as {asked} does; take engine ddp "
+            "or zero2, which keep the quantised weights whole in each process, or weights bf16"
         )
     if engine.sharded and int(os.environ.get("WORLD_SIZE", "1")) > 1 and options.gradient_accumulation == "auto":
         problems.add(

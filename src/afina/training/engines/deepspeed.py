@@ -1,4 +1,4 @@
-"""ZeRO by DeepSpeed: optimizer and gradients in shards (stage 2), or the weights too (stage 3), in the host's memory if asked.
+"""ZeRO by DeepSpeed: optimizer and gradients in shards (stage 2) or the weights too (stage 3), on the host if asked.
 
 DeepSpeed is called directly: through Accelerate it is silently something else on a CPU. The optimizer is torch's, so that
 steps are those of every other engine and nothing is compiled first. The arithmetic is autocast's, as everywhere; weights

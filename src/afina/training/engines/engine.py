@@ -197,7 +197,7 @@ class Engine(ABC):
         """Go on from there."""
 
     def saved(self) -> list[Any]:
-        """Parameters that saving looks at: the trained ones, and the embeddings, which are saved where they were enlarged."""
+        """Parameters that saving looks at: the trained, and the embeddings, which are saved where they were enlarged."""
         tables = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
         found = {id(p): p for p in self.trained.values()}
         return list((found | {id(p): p for table in tables if table is not None for p in table.parameters()}).values())
@@ -215,10 +215,10 @@ class Engine(ABC):
 
     def built(self) -> dict[str, Any]:
         """What was built, for metrics.json."""
-        return {"engine": self.name, "processes": self.processes, "weights_bytes": self.size,
-                "weights_bytes_of_a_process": self.held()}  # fmt: skip
+        held = {"weights_bytes": self.size, "weights_bytes_of_a_process": self.held()}
+        return {"engine": self.name, "processes": self.processes, **held}
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (most make nothing)
         """Let go of what the engine made around the model."""
 
 
@@ -226,6 +226,6 @@ def _refuse_other_configurations() -> None:
     found = [name for key, name in _FOREIGN.items() if os.environ.get(key, "false").lower() in ("1", "true", "yes")]
     if found:
         raise TrainingError(
-            f"accelerate was started with a configuration for {' and '.join(found)}; afina takes its engine from the recipe. "
+            f"accelerate was started with a configuration for {' and '.join(found)}; the engine is part of the recipe. "
             "Start without it and set distributed.engine (--engine): ddp, fsdp2, zero2 or zero3"
         )
