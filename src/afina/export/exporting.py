@@ -109,7 +109,7 @@ def export(
         source = Source(work, run, task, settings, notes)
         merged_bytes = sum(p.stat().st_size for p in work.rglob("*") if p.is_file())
         tell(f"writing {made.name}")
-        before = read_merged(work) if made.rounds(settings) else None
+        before = read_merged(work) if made.timed else None
         made.write(source, artefact)
         tell("asking what was written")
         replayed, loaded, own = replay(made, artefact, known.golden, settings)

@@ -57,6 +57,7 @@ class Format(ABC):
     title: ClassVar[str]  # what it is for, in a line
     merged: ClassVar[bool] = True  # whether it is made from the merged model
     lossy: ClassVar[bool] = False  # see `rounds`
+    timed: ClassVar[bool] = False  # whether `load` is as fast as it is meant to be, so that a measured speed says something
 
     def rounds(self, settings: Settings) -> bool:
         """Whether weights are rounded so far that figures are measured and continuations may differ."""

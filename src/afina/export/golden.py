@@ -198,7 +198,8 @@ class Replay:
     def said(self) -> str:
         """In a sentence."""
         text = f", {self.same_text} of {self.texts} continuations equal" if self.texts else ""
-        return f"{self.prompts} golden prompts: largest difference {self.largest:.2g}, mean {self.mean:.2g}{text}"
+        how = f"largest difference {self.largest:.2g}, mean {self.mean:.2g}" if self.largest > 1e-6 else "no difference"
+        return f"{self.prompts} golden prompts: {how}{text}"
 
 
 def replay(
@@ -212,10 +213,11 @@ def replay(
     problems = Problems(f"{folder} does not answer as it should")
     if repeat:
         _check_files(folder, golden, problems)
+        problems.raise_as(CheckpointError, "Export the run again, or take an untouched copy.")
     try:
         task = task_from_settings(golden["task"], made.tokenizer(folder))
         model = made.load(folder, task)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # libraries raise kinds of their own for a broken file
         problems.add(f"it cannot be read: {str(error).strip()[:500]}")
         problems.raise_as(CheckpointError)
         raise

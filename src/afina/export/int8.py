@@ -184,6 +184,7 @@ class Int8(Format):
     name = "int8"
     title = "a quarter of the size and faster on a CPU, for afina and transformers"
     lossy = True
+    timed = True
 
     def check(self, task: Task, config: Any, settings: Settings) -> None:
         """Whatever has linear layers, on a torch that can multiply whole numbers."""

@@ -322,6 +322,7 @@ class OnnxInt8(Onnx):
     name = "onnx-int8"
     title = "the same graph with int8 weights: a quarter of the size, and faster"
     lossy = True
+    timed = True
 
     def write(self, source: Source, folder: Path) -> None:
         """The plain graphs, each rounded by onnxruntime: linear layers one scale an output, tables one scale."""
