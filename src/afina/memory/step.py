@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,9 @@ from afina.memory.checkpointing import checkpoint_blocks
 from afina.memory.heap import large_tensors_apart
 from afina.memory.keeping import keep_less
 from afina.memory.offload import activation_mover
+from afina.methods.lora import LoRA
 
-__all__ = ["lean_step"]
+__all__ = ["lean_step", "slower_layers"]
 
 
 def lean_step(
@@ -22,16 +24,38 @@ def lean_step(
     *,
     gradient_checkpointing: bool = False,
     activation_offload: bool = False,
+    tight: bool = False,
     spell: Callable[[str], str] = str,
-) -> None:
+) -> list[str]:
     """Make the training steps of an adapted model take little memory; results stay as they are, to rounding.
 
+    Returns what is to be known of it, as sentences for a person: which layers are computed in a slower way (T35).
+
+    `tight`: memory counts for more than time, and a CPU gives freed memory back at once, which takes a quarter more of it.
     Raises ConfigError, naming options as `spell` says they were typed, for what this model or device does not do.
     """
     mover = activation_mover(device, spell("memory.activation_offload")) if activation_offload else None
     if gradient_checkpointing:
         checkpoint_blocks(model, spell("memory.gradient_checkpointing"))
-    if device.type == "cpu":
+    if tight and device.type == "cpu":
         large_tensors_apart()
     use_fused_activations(model)
     keep_less(model, mover)
+    return slower_layers(model)
+
+
+def slower_layers(model: Any) -> list[str]:
+    """The LoRA layers that cannot be computed as one operation with their layer, and why."""
+    reasons, count = Counter[str](), 0
+    for layer in model.adapters.layers.values():
+        for adapter in layer.adapters.values():
+            if type(adapter) is not LoRA or adapter.view.kind != "linear":
+                continue
+            count += 1
+            if adapter.view.product() is None:
+                reasons[f"{type(adapter.view.layer).__name__} computes in its own way"] += 1
+            elif "lora_bias" in adapter._parameters:
+                reasons["lora_bias"] += 1
+    said = "; ".join(f"{number}: {reason}" for reason, number in reasons.items())
+    slow = sum(reasons.values())
+    return [f"{slow} of {count} LoRA layers are computed beside their layer, not as one with it ({said})"] if slow else []

@@ -191,9 +191,10 @@ def _prepared(
     if idle and isinstance(config, TargetedConfig) and config.exclude_modules is None:
         config.exclude_modules = idle
     model = get_peft_model(base, config)
-    lean_step(
+    notes += lean_step(
         model, device, gradient_checkpointing=recipe.memory.gradient_checkpointing,
         activation_offload=recipe.memory.activation_offload, spell=spell,
+        tight=recipe.memory.limit is not None or recipe.memory.gradient_checkpointing,
     )  # fmt: skip
     notes += task.paths(model)
     recipe.resolve_method(model.peft_config["default"])
