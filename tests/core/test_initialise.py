@@ -85,7 +85,7 @@ def test_the_saved_adapter_applies_to_the_base_as_anyone_loads_it(folder, tmp_pa
 def test_weights_are_found_under_another_prefix(auto, folder):
     model = loaded(folder, "nf4", auto)
     model = get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj", "down_proj"], init_lora_weights="loftq"))
-    begun = [a for layer in model.adapters.layers.values() if (a := layer.adapters["default"]).state_dict().keys() >= {"lora_B"}]
+    begun = [layer.adapters["default"] for key, layer in model.adapters.layers.items() if key.endswith("_proj")]
     assert len(begun) == 4
     assert all(adapter.lora_B.abs().sum() > 0 for adapter in begun)
 

@@ -63,10 +63,10 @@ class FloatWeights:
             "model.safetensors to read them from; begin with init_lora_weights=True"
         )
 
-    def name_of(self, path: str) -> str | None:
-        """The checkpoint's name of the weight of a module, whose head may have added or taken away a prefix."""
+    def name_of(self, path: str, leaf: str = "weight") -> str | None:
+        """The checkpoint's name of a tensor of a module, whose head may have added or taken away a prefix."""
         names = (path, self.prefix + path, path.removeprefix(self.prefix))
-        return next((f"{name}.weight" for name in names if f"{name}.weight" in self.files), None)
+        return next((f"{name}.{leaf}" for name in names if f"{name}.{leaf}" in self.files), None)
 
     def read(self, path: str, view: LayerView) -> torch.Tensor:
         """The canonical weight `[out, in]` of a layer, float32. Raises ConfigError where it is not as expected."""

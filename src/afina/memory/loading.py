@@ -139,14 +139,13 @@ def tensor_by_tensor() -> Iterator[None]:
         return _Watched(mapped(*args, **{**kwargs, "backend": "pread"}), tidy)
 
     reading.safe_open = read  # type: ignore[assignment,misc]
-    gc.collect()
     gc.freeze()  # what is there already need not be looked at again and again
     try:
         yield
     finally:
         reading.safe_open = mapped  # type: ignore[misc]
-        gc.unfreeze()
         release(torch.device("cpu"))
+        gc.unfreeze()
 
 
 class _Tidy:

@@ -16,12 +16,13 @@ from torch import nn
 from afina.core.codecs.bitsandbytes import BitsAndBytes4Bit, BitsAndBytesInt8
 from afina.core.codecs.codec import WeightCodec
 from afina.core.codecs.outline import Outlined
+from afina.core.codecs.packed import Grouped
 from afina.core.codecs.plain import Opaque, Plain
 from afina.core.codecs.torchao import TorchAOInt8
 
 __all__ = ["CODECS", "WeightCodec", "codec_of", "logical_numel", "restore", "snapshot", "stored_bytes"]
 
-_KNOWN: tuple[WeightCodec, ...] = (BitsAndBytesInt8(), BitsAndBytes4Bit(), TorchAOInt8(), Plain())
+_KNOWN: tuple[WeightCodec, ...] = (BitsAndBytesInt8(), BitsAndBytes4Bit(), TorchAOInt8(), Grouped(), Plain())
 CODECS: tuple[WeightCodec, ...] = (*_KNOWN, Outlined(), Opaque(_KNOWN))
 
 
@@ -66,7 +67,7 @@ def _parts(tensor: Any) -> list[torch.Tensor]:
 
 def snapshot(layer: nn.Module) -> dict[str, Any]:
     """The stored form itself (Parameter objects and quantisation state), for an exact way back; nothing is copied."""
-    kept: dict[str, Any] = {name: layer._parameters[name] for name in ("weight", "bias") if name in layer._parameters}
+    kept: dict[str, Any] = dict(layer._parameters)
     return kept | {name: layer.__dict__[name] for name in ("state", "quant_state") if name in layer.__dict__}
 
 
