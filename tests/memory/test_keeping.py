@@ -240,8 +240,8 @@ def test_offloaded_tensors_come_back_as_they_were(name):
 
 
 def test_on_a_cpu_it_is_refused_with_the_reason():
-    with pytest.raises(afina.errors.ConfigError, match="--set memory.activation_offload=true: this run computes on the CPU"):
-        activation_mover(torch.device("cpu"), "--set memory.activation_offload=true")
+    with pytest.raises(afina.errors.ConfigError, match="the option: this run computes on the CPU"):
+        activation_mover(torch.device("cpu"), "the option")
 
 
 # --- which way a layer goes
