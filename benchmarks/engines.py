@@ -30,6 +30,21 @@ WORDS = ["order", "parcel", "today", "please", "invoice", "account", "when", "nu
 TELLING = {"complaint": ["broken", "late", "rude"], "other": ["hello", "thanks", "question"]}
 
 
+def without_dropout(name: str, folder: Path) -> str:
+    """A copy of the model whose layers drop nothing: which values are dropped differs with the number of processes."""
+    from afina.training.models import find_model
+
+    source = Path(find_model(name).path)
+    folder.mkdir()
+    for file in source.iterdir():
+        (folder / file.name).symlink_to(file.resolve())
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config |= {key: 0.0 for key, value in config.items() if "drop" in key and isinstance(value, float)}
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return str(folder)
+
+
 def rows_made_up(path: Path, count: int) -> Path:
     """Texts in which one word tells the label."""
     chance = random.Random(0)
@@ -116,8 +131,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         data = options.data or rows_made_up(folder / "rows.csv", options.rows)
-        recipe = ["--data", str(data), "--text", "message", "--label", "label", "--model", options.model, "--epochs", "2",
-                  "--precision", "fp32", "training.checkpoint_every=5", "training.gradient_accumulation=2"]  # fmt: skip
+        recipe = ["--data", str(data), "--text", "message", "--label", "label", "--model",
+                  without_dropout(options.model, folder / "model"), "--epochs", "2", "--precision", "fp32",
+                  "training.checkpoint_every=5", "training.gradient_accumulation=2"]  # fmt: skip
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         one = folder / "one"
         seconds, memory = finished(command(recipe, one))
@@ -143,12 +159,13 @@ def main() -> None:
         for name, r in results.items()
     ]  # fmt: skip
     titles = ["engine", "losses, from one process (relative)", "adapter, from one process", "adapter, resumed from unbroken",
-              "weights in each process", "resident, each process"]  # fmt: skip
+              "weights in each process", "memory of a process"]  # fmt: skip
     machine = about(["torch", "transformers", "accelerate", "deepspeed"], 1)
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     text = (
         f"{table(titles, lines)}\n\nLargest differences over all {total} steps and all trained weights; the target of a "
-        f"resumed adapter is 1e-4. One process holds {memory / 2**20:,.0f} MiB, most of it libraries. {options.model}, "
+        f"resumed adapter is 1e-4. One process holds {memory / 2**20:,.0f} MiB, most of it libraries. "
+        f"{options.model} without dropout, "
         f"{'made-up rows' if options.data is None else data.name}; {machine['cpu']}, {versions}."
     )
     write_json(options.json, {"about": machine, "one": {"seconds": seconds, "memory": memory}, "engines": results})

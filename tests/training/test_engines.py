@@ -198,6 +198,10 @@ def test_what_an_engine_cannot_do_is_told_together(tmp_path, monkeypatch):
     assert "memory.weights=int8 cannot be cut into shards" in found[2]
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "give a number of parts" in asked(tmp_path, "zero3", {"gradient_accumulation": "auto"})[0]
+    recipe = Recipe(distributed=DistributedOptions(engine="zero3"), method={"name": "p_tuning"})
+    problems = Problems("the recipe")
+    check_engine(recipe, "fp32", problems)
+    assert "take engine fsdp2 or zero2" in problems.found[0]
     monkeypatch.setattr(choose.importlib.util, "find_spec", lambda name: None)
     assert "pip install 'afina[deepspeed]'" in asked(tmp_path, "zero3")[0]
 

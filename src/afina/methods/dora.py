@@ -46,9 +46,9 @@ class DoRA(LoRA):
             return (weight.to(self.dtype) + LoRA.delta_weight(self)).norm(dim=1)
 
     def forward(self, x: torch.Tensor, base: Base) -> torch.Tensor:
-        weight, bias = base.weights()
-        factor = self.magnitude.flatten() / self._norm(weight)
         y = base(x)
+        weight, bias = base.weights()  # after the layer has computed: ZeRO-3 takes them away when it has
+        factor = self.magnitude.flatten() / self._norm(weight)
         factor = self.view.per_feature(cast(factor, y), y)
         if bias is None:
             return factor * (y + self.delta(x).to(y.dtype))

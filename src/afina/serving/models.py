@@ -32,7 +32,7 @@ from afina.tasks.sentence_similarity import SentenceSimilarity
 from afina.tasks.seq2seq import Seq2Seq
 from afina.tasks.task import Task
 from afina.tasks.writing import WritingTask
-from afina.training.loop import make_accelerator
+from afina.training.loop import make_engine
 from afina.training.models import ModelSource, load_tokenizer
 from afina.training.trained import TrainedRun
 
@@ -169,7 +169,7 @@ def _first(name: str, folder: Path, recipe: Any, task: Task, source: ModelSource
     base = task.load_model(source.path)
     rows = _rows(base)
     model = PeftModel.from_pretrained(base, folder / "adapter", "a0", tokenizer=task.tokenizer)
-    device = make_accelerator("fp32").device
+    device = make_engine("fp32").device
     lane = Lane(source, task.storage, model.to(device).eval(), device, isinstance(task, WritingTask), task.limit(base))
     lane.model.__dict__["_rows_of_checkpoint"] = rows
     return _served(lane, name, folder, recipe, task, "a0")

@@ -39,9 +39,6 @@ __all__ = ["Fitted", "fit", "make_engine", "predict"]
 _PATIENCE = 3  # steps after which some adapter weight must have changed
 
 
-make_accelerator = make_engine
-
-
 @dataclass
 class Fitted:
     """What training took and found."""

@@ -16,6 +16,7 @@ from afina.training.engines.fsdp2 import FSDP2
 
 __all__ = ["ENGINES", "check_engine", "make_engine"]
 
+_NOT_ZERO3 = ("p_tuning",)
 ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (DDP, FSDP2, Zero2, Zero3)}
 
 
@@ -32,6 +33,11 @@ def check_engine(recipe: Any, precision: str, problems: Problems, spell: Callabl
     asked = f"{spell('distributed.engine')}={engine.name}"
     if issubclass(engine, Zero2) and importlib.util.find_spec("deepspeed") is None:
         problems.add(str(MissingDependencyError("deepspeed", "deepspeed", asked)))
+    if issubclass(engine, Zero3) and recipe.method.get("name") in _NOT_ZERO3:
+        problems.add(
+            f"{spell('method.name')}={recipe.method['name']} with {asked}: DeepSpeed takes the network behind the "
+            "prompt away while it is saved; take engine fsdp2 or zero2"
+        )
     options = recipe.training
     if engine.optimizers is not None and options.optimizer not in engine.optimizers:
         problems.add(

@@ -121,7 +121,7 @@ class Zero2(Engine):
         from deepspeed.utils import safe_get_full_optimizer_state
 
         inner = self.wrapped.optimizer.optimizer
-        kept = [state for p in self._flat() if (state := inner.state.get(p))]
+        kept = [of for p in self._flat() if (of := inner.state.get(p))]
         state: dict[int, dict[str, Any]] = {}
         if kept:
             moments = [key for key, value in kept[0].items() if isinstance(value, torch.Tensor) and value.dim() > 0]
