@@ -89,8 +89,8 @@ def rendered(results: dict[str, Any]) -> str:
         f"Python {said['python']}; {versions}.",
         "",
         f"MiniLM (22.7 M parameters) tuned by LoRA on the SMS Spam Collection; {plain['validation']['rows']} validation and "
-        f"{plain['test']['rows']} test rows. `share` is of the merged model's size; `times as fast` is the ratio of processor "
-        "time to the merged model's in float32, `wall` that of wall time, both medians of alternating rounds.",
+        f"{plain['test']['rows']} test rows. `share` is of the merged model's size; `times as fast` is the ratio of "
+        "processor time to the merged model's in float32, `wall` that of wall time, both medians of alternating rounds.",
         "",
         table(head, rows),
         "",
@@ -100,8 +100,8 @@ def rendered(results: dict[str, Any]) -> str:
         lost = max(plain[side]["accuracy"] - one[side]["accuracy"] for side in ("validation", "test"))
         met = [one["times_cpu"] >= FASTER, one["share"] <= SMALLER, lost <= ACCURACY]
         lines.append(
-            f"- `{name}`: {one['times_cpu']:.2f} times as fast (target {FASTER:g}: {_met(met[0])}), {one['share']:.2f} of the size "
-            f"(target {SMALLER:.2f}: {_met(met[1])}), accuracy {lost * 100:+.2f} points lost at most (target "
+            f"- `{name}`: {one['times_cpu']:.2f} times as fast (target {FASTER:g}: {_met(met[0])}), {one['share']:.2f} of the "
+            f"size (target {SMALLER:.2f}: {_met(met[1])}), accuracy {lost * 100:+.2f} points lost at most (target "
             f"{ACCURACY * 100:g}: {_met(met[2])})."
         )
     return "\n".join(lines)

@@ -17,7 +17,7 @@ from afina.export.format import Settings
 from afina.training.recipe import DataOptions, Recipe, TrainingOptions
 from afina.training.run import prepare
 
-__all__ = ["ANYTHING", "CASES", "exported", "finished", "language_run", "task_run"]
+__all__ = ["ANYTHING", "CASES", "case", "exported", "finished", "language_run", "task_run"]
 
 STORIES = Path(__file__).parents[2].parent / "shared" / "data" / "models" / "stories260K-llama"
 ANYTHING = 1.0  # as max_drop: models trained for a second have figures that mean nothing

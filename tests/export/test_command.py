@@ -40,7 +40,8 @@ def test_an_export_is_told_and_verified(export, runs, tmp_path):
     run = runs("sequence_classification")
     said = export(run, "--format", "int8", "--output", tmp_path / "out", "--max-drop", ANYTHING)
     assert said.code == 0, said.err
-    for part in ("int8: ", "size", "speed", "times", "golden prompts", "validation rows", "accuracy", "afina export --verify"):
+    told = ("int8: ", "size", "speed", "times", "golden prompts", "validation rows", "accuracy", "afina export --verify")
+    for part in told:
         assert part in said.out
     report = json.loads((tmp_path / "out" / "export.json").read_text(encoding="utf-8"))
     assert report["bytes"] < report["merged_bytes"]

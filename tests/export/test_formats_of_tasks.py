@@ -98,7 +98,8 @@ def test_onnx_gives_the_answers_themselves(runs, exports, name, output):
     given = trained.task.tokenizer(texts, padding=True, return_tensors="np")
     wanted = {value.name: given[value.name] for value in session.get_inputs()}
     (found,) = session.run([output], wanted)
-    np.testing.assert_allclose(found, np.stack([np.asarray(a).reshape(found[0].shape) for a in answers]), rtol=1e-4, atol=1e-4)
+    expected = np.stack([np.asarray(a).reshape(found[0].shape) for a in answers])
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_onnx_int8(runs, exports):

@@ -127,7 +127,8 @@ def test_a_real_llama(tmp_path):
         model.reset()
         model.eval(ids)
         logits = torch.from_numpy(np.array(model.scores[: len(ids)]))
-        found = torch.softmax(logits.double(), dim=-1)[range(len(ids) - len(targets) - 1, len(ids) - 1), ids[-len(targets) :]]
+        places = range(len(ids) - len(targets) - 1, len(ids) - 1)
+        found = torch.softmax(logits.double(), dim=-1)[places, ids[-len(targets) :]]
         assert float((found - torch.tensor(targets)).abs().max()) < 5e-3  # its cache is in 16 bits
 
 

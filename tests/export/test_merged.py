@@ -9,13 +9,12 @@ import sys
 import pytest
 import torch
 import transformers as tf
-from runs_made import exported, finished, language_run
+from runs_made import case, exported, finished, language_run
 
 import afina
 from afina.errors import CheckpointError, MergeError
 from afina.export.merged import merged_tensors, read_merged, write_shards
 from afina.training.trained import TrainedRun
-from every_task import case  # isort: skip  (runs_made makes its folder known)
 
 MEASURED = """
 import sys, threading, time, torch, transformers as tf

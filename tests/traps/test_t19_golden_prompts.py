@@ -85,7 +85,7 @@ def test_t19_an_export_answers_as_it_did(artefact):
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_t19_what_was_tampered_with_is_refused(change, artefact):
     change(artefact)
-    with pytest.raises(CheckpointError, match="is not the file that was written|is missing"):
+    with pytest.raises(CheckpointError, match=r"is not the file that was written|is missing"):
         verify(artefact)
 
 
