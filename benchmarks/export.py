@@ -100,8 +100,8 @@ def rendered(results: dict[str, Any]) -> str:
         lost = max(plain[side]["accuracy"] - one[side]["accuracy"] for side in ("validation", "test"))
         met = [one["times_cpu"] >= FASTER, one["share"] <= SMALLER, lost <= ACCURACY]
         lines.append(
-            f"- `{name}`: {one['times_cpu']:.2f} times as fast (target {FASTER:g}: {_met(met[0])}), {one['share']:.2f} of the "
-            f"size (target {SMALLER:.2f}: {_met(met[1])}), accuracy {lost * 100:+.2f} points lost at most (target "
+            f"- `{name}`: {one['times_cpu']:.2f} times as fast (target {FASTER:g}: {_met(met[0])}), {one['share']:.2f} of "
+            f"the size (target {SMALLER:.2f}: {_met(met[1])}), accuracy {lost * 100:+.2f} points lost at most (target "
             f"{ACCURACY * 100:g}: {_met(met[2])})."
         )
     return "\n".join(lines)
