@@ -252,11 +252,13 @@ def counters(address: str) -> dict[str, float]:
 
 def measured(args: argparse.Namespace, folder: Path) -> list[Load]:
     """The loads, one after the other."""
-    kinds = [("classify", False, classifiers(folder, args.model))]
-    if LLAMA.is_dir() and not args.without_chat:
-        kinds.append(("chat", True, writers(folder)))
     found = []
-    for name, chat, runs in kinds:
+    for name in args.loads:
+        chat = name == "chat"
+        if chat and not LLAMA.is_dir():
+            print("without chat: ../shared/data/models/stories260K-llama is absent", file=sys.stderr)
+            continue
+        runs = writers(folder) if chat else classifiers(folder, args.model)
         right = expected(runs, sentences(args.texts, 7))
         with server(runs, args.threads) as (address, process):
             made = Load(name, args.chats if chat else args.requests, args.clients)
@@ -274,13 +276,16 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=100, help="different texts asked of each adapter")
     parser.add_argument("--threads", type=int, default=1, help="threads of the server")
     parser.add_argument("--model", default="minilm")
-    parser.add_argument("--without-chat", action="store_true")
+    parser.add_argument("--loads", nargs="+", choices=("classify", "chat"), default=["classify", "chat"])
     parser.add_argument("--markdown", type=Path, help="document to write the table into, between its markers")
     parser.add_argument("--json", type=Path, help="file to write the figures into")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = measured(args, Path(folder))
     rows = [one.row() for one in found]
+    if args.json and args.json.is_file():  # loads that are not measured now stay as they were
+        rows += [row for row in json.loads(args.json.read_text())["loads"] if row["load"] not in args.loads]
+    rows.sort(key=lambda row: str(row["load"]), reverse=True)
     shown = table(list(rows[0]), [list(row.values()) for row in rows])
     where = about(("torch", "transformers", "fastapi", "uvicorn"), args.threads)
     print(shown)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import socket
 import threading
 import time
 
@@ -111,18 +110,28 @@ def test_a_body_that_does_not_come_is_not_waited_for(models):
         settled(address)
 
 
-def test_who_does_not_take_the_answer_keeps_no_place(models, monkeypatch):
+@pytest.mark.parametrize("body", [b"no JSON", json.dumps(READ).encode()])
+def test_who_does_not_take_the_answer_keeps_no_place(models, monkeypatch, body):
     monkeypatch.setattr(door, "_GRACE", 0.2)
-    with running(make_app(models, Limits(timeout=2.0, max_body=10**6))) as address:
-        host, port = address.removeprefix("http://").split(":")
-        with socket.socket() as client:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            client.connect((host, int(port)))
-            body = json.dumps({"model": "alike", "input": ["w1 w2"] * 2048, "encoding_format": "float"})
-            lines = ["POST /v1/embeddings HTTP/1.1", "Host: x", "Content-Type: application/json"]
-            client.sendall("\r\n".join([*lines, f"Content-Length: {len(body)}", "", body]).encode())
-            settled(address, value=1.0)
-            settled(address, seconds=15.0)  # though nothing was read
+    app = make_app(models, Limits(timeout=0.2))
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/classify", "headers": headers, "query_string": b"", "root_path": ""}
+    parts = [{"type": "http.request", "body": body}]
+
+    async def receive():
+        return parts.pop() if parts else await asyncio.Event().wait()
+
+    async def send(message):
+        await asyncio.Event().wait()
+
+    async def ask():
+        asked = asyncio.ensure_future(app(scope, receive, send))
+        await asyncio.sleep(0.05)
+        assert app.inside == 1
+        await asyncio.wait_for(asked, 5)
+        assert app.inside == 0
+
+    asyncio.run(ask())
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 
-__all__ = ["Peak", "available", "is_out_of_memory", "measured", "release", "resident"]
+__all__ = ["Peak", "available", "is_out_of_memory", "measured", "release", "resident", "trim"]
 
 # The last two are how oneDNN says that its workspace was refused on a CPU.
 _REFUSED = (
@@ -59,7 +59,12 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    elif sys.platform.startswith("linux"):
+    trim()
+
+
+def trim() -> None:
+    """Give freed memory of the process back to the system (Linux): freed tensors of many sizes leave gaps that only grow."""
+    if sys.platform.startswith("linux"):
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)
 

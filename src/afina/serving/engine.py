@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from afina.memory.measure import is_out_of_memory, release
+from afina.memory.measure import is_out_of_memory, release, trim
 from afina.serving.limits import Limits
 from afina.serving.models import Lane, Models, Served
 from afina.serving.reading import read_together
@@ -28,6 +28,7 @@ from afina.tasks.task import Feature
 __all__ = ["Engine", "Reading"]
 
 logger = logging.getLogger("afina.serving")
+_TRIM = 128  # rounds after which freed memory is given back; it takes a few milliseconds
 
 
 @dataclass(eq=False)
@@ -117,6 +118,7 @@ class Engine:
     # --- the thread
 
     def _run(self) -> None:
+        steps = 0
         while True:
             with self.changed:
                 while not self.closing and all(queue.idle for queue in self.queues.values()):
@@ -126,6 +128,9 @@ class Engine:
             for queue in self.queues.values():
                 if not queue.idle:
                     self._step(queue)
+            steps = (steps + 1) % _TRIM
+            if not steps:
+                trim()
 
     def _step(self, queue: _Queue) -> None:
         try:
