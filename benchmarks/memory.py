@@ -283,7 +283,7 @@ def main() -> None:
     parser.add_argument("--rewrite", choices=("yes", "no"), default="yes", help=f"whether {RESULTS.name} is written")
     parser.add_argument("--markdown", type=Path, help="write the table of the last results into this file")
     parser.add_argument("--one", nargs=4, metavar=("SIDE", "MODEL", "KIND", "FOLDER"), help=argparse.SUPPRESS)
-    parser.add_argument("--write", type=Path, metavar="FOLDER", help="write the models' checkpoints there, and measure nothing")
+    parser.add_argument("--write", type=Path, metavar="FOLDER", help="write the checkpoints there, and measure nothing")
     parser.add_argument("--models", type=Path, metavar="FOLDER", help="where --write has put them; else they are made anew")
     asked = parser.parse_args()
     if asked.one:
