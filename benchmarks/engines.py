@@ -1,6 +1,6 @@
 """Two processes under every engine beside one process; killed and resumed beside unbroken.
 
-    python benchmarks/engines.py [--model minilm] [--data FILE] [--markdown docs/distributed.md]
+    python benchmarks/engines.py [--engines zero3] [--model minilm] [--data FILE] [--markdown docs/distributed.md]
 
 Every run is `afina train --processes 2`. The killed one loses its first process by SIGKILL after some steps and goes on
 with `--resume`. Without `--data` rows are made up. DeepSpeed's engines offload to the host's memory where they can.
@@ -126,8 +126,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=240)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--json", type=Path, default=Path(__file__).with_name("results") / "engines.json")
+    parser.add_argument("--engines", nargs="*", default=list(ENGINES), help="the others are taken from the last results")
     options = parser.parse_args()
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = json.loads(options.json.read_text())["engines"] if options.json.is_file() else {}
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         data = options.data or rows_made_up(folder / "rows.csv", options.rows)
@@ -138,7 +139,8 @@ def main() -> None:
         one = folder / "one"
         seconds, memory = finished(command(recipe, one))
         total = len(steps(one))
-        for name, words in ENGINES.items():
+        for name in options.engines:
+            words = ENGINES[name]
             whole, broken = folder / f"{name}-whole", folder / f"{name}-broken"
             two = ["--processes", "2", "--engine", name, *words]
             took, most = finished(command(recipe, whole, *two))
