@@ -93,7 +93,7 @@ def test_offload_on_a_cpu_is_refused_before_anything_is_loaded(tmp_path):
 def test_t35_the_slower_way_is_told_before_the_run(tmp_path):
     assert not [note for note in prepared(tmp_path, "GPT-2", dict(METHODS["lora"])).notes if "LoRA layers" in note]
     told = prepared(tmp_path, "GPT-2", {"name": "lora", "r": 3, "lora_bias": True, "target_modules": ["c_attn"]}).notes
-    assert "2 of 2 LoRA layers are computed beside their layer, not as one with it (2: lora_bias)" in told
+    assert "2 of 2 LoRA layers take the slower path, not fused with their layer (2: lora_bias)" in told
 
 
 def test_t32_evaluation_holds_no_whole_logits(tmp_path, monkeypatch):

@@ -252,7 +252,7 @@ def test_t35_layers_that_go_the_slower_way_are_told():
     assert slower_layers(adapted("gpt2")) == []
     model = adapted("gpt2", lora_bias=True)
     assert slower_layers(model) == [
-        "2 of 2 LoRA layers are computed beside their layer, not as one with it (2: lora_bias)"
+        "2 of 2 LoRA layers take the slower path, not fused with their layer (2: lora_bias)"
     ]
     model = adapted("llama", target_modules=["q_proj", "v_proj"])
     layer = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer

@@ -58,4 +58,4 @@ def slower_layers(model: Any) -> list[str]:
                 reasons["lora_bias"] += 1
     said = "; ".join(f"{number}: {reason}" for reason, number in reasons.items())
     slow = sum(reasons.values())
-    return [f"{slow} of {count} LoRA layers are computed beside their layer, not as one with it ({said})"] if slow else []
+    return [f"{slow} of {count} LoRA layers take the slower path, not fused with their layer ({said})"] if slow else []
