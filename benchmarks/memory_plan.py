@@ -54,8 +54,7 @@ SETTINGS: dict[str, tuple[dict, str, int, dict]] = {
     "t5-fp32": (T5, TURN, 96, {"batch_size": 8}),
     "t5-int8-bf16": (T5, TURN, 96, {"batch_size": 16, "weights": "int8_weight_only", "precision": "bf16"}),
     "opt-fp32": (OPT, CONTINUE, 128, {"batch_size": 4}),
-    "opt-8bit-optimizer": (OPT, CONTINUE, 128, {"batch_size": 4, "optimizer": "adamw_8bit",
-                                                "method": {"name": "lora", "r": 256}}),
+    "opt-8bit-optimizer": (OPT, CONTINUE, 128, {"batch_size": 8, "optimizer": "adamw_8bit"}),
     "bloom-vocabulary": (BLOOM, CONTINUE, 64, {"batch_size": 8}),
 }  # fmt: skip
 

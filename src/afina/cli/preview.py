@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from afina.cli.show import heading, pairs, table
+from afina.memory.sizes import shown_size
 
 if TYPE_CHECKING:
     from afina.training.run import Run
@@ -31,7 +32,7 @@ def show_plan(run: Run) -> None:
             "method": " ".join(str(v) if k == "name" else f"{k}={v}" for k, v in short(recipe.method).items()),
             "layers": f"{len(injected.adapted)} adapted, {whole}, {frozen_layers(model)} frozen (see `afina targets`)",
             "trained": f"{trainable:,} parameters, {trainable / total:.2%} of all",
-            **({"tokens": "\n".join(run.notes)} if run.notes else {}),
+            **({"notes": "\n".join(run.notes)} if run.notes else {}),
         }
     )
     heading("Data")
@@ -76,6 +77,7 @@ def show_plan(run: Run) -> None:
             "base": f"frozen weights in {recipe.memory.weights}"
             + (", blocks computed again in backward" if recipe.memory.gradient_checkpointing else ""),
             "optimizer": f"{options.optimizer}, {options.schedule} schedule",
+            **_memory(run),
             **_processes(recipe),
             "kept": f"the weights with the best {options.best} on the validation rows, read every "
             f"{options.evaluate_every:g} {options.evaluate_unit}"
@@ -89,7 +91,8 @@ def _processes(recipe: Any) -> dict[str, str]:
     """How many share a step and how, where there is something to say."""
     count, asked = int(os.environ.get("WORLD_SIZE", "1")), recipe.distributed
     if count == 1 and asked.engine == "ddp":
-        return {}
+        accelerate = any(key.startswith("ACCELERATE_") for key in os.environ)
+        return {"processes": "1 is all that accelerate started (on a CPU: --multi_gpu)"} if accelerate else {}
     how = {
         "ddp": "a whole model in each",
         "fsdp2": "weights, gradients and optimizer in shards",
@@ -100,6 +103,15 @@ def _processes(recipe: Any) -> dict[str, str]:
     rows = recipe.training.rows
     share = f"; of the {rows} rows of a step each computes {-(-rows // count)}" if count > 1 else ""
     return {"processes": f"{count}, {asked.engine}: {how}{where}{share}"}
+
+
+def _memory(run: Run) -> dict[str, str]:
+    """What the run was planned to take where there is a limit, and which settings were chosen for it."""
+    if run.choice is None:
+        return {}
+    chosen = ", ".join(f"{key}={str(value).lower()}" for key, value in run.choice.changed.items())
+    planned = f"{shown_size(run.choice.footprint.total)} of {shown_size(run.choice.limit)} planned"
+    return {"memory": f"{planned}; for that {chosen}" if chosen else planned}
 
 
 def _parts(options: Any) -> str:

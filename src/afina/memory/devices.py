@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from afina.memory.allocators import Allocator, Heap, Pools
@@ -26,9 +27,11 @@ _CONTEXT = 500_000_000  # bytes of a CUDA context with the kernels of torch and 
 _CUBLAS = 8_519_680  # bytes of cuBLAS' workspace, torch's default before Hopper (there 32 MiB)
 
 
-def allocator_of(device: str) -> Allocator:
-    """What tensors are taken from."""
-    return Pools() if device == "cuda" else Heap(LARGE, rising=False)
+def allocator_of(device: str, *, tight: bool = False) -> Allocator:
+    """What tensors are taken from; `tight` as in `lean_step`."""
+    if device == "cuda":
+        return Pools()
+    return Heap(LARGE, rising=False) if tight else Heap()
 
 
 def overhead_of(device: str) -> dict[str, int]:
@@ -81,13 +84,14 @@ _FLOAT32 = {
 
 @contextmanager
 def kernels_of(device: str) -> Any:
-    """Within this, code that is traced runs as on the device; tensors asked for their contents answer with zeros."""
-    if device == "cuda":
-        with _Contents(), _Gpu():
+    """Within this, code that is traced runs as on the device; tensors asked for their contents answer with what is known of
+    them, or zeros."""
+    own, FakeTensor.tolist = FakeTensor.tolist, _listed  # type: ignore[method-assign]
+    try:
+        with _Contents(), _Gpu() if device == "cuda" else nullcontext():
             yield
-    else:
-        with _Contents():
-            yield
+    finally:
+        FakeTensor.tolist = own  # type: ignore[method-assign]
 
 
 def backward(loss: torch.Tensor) -> None:
@@ -99,19 +103,25 @@ def backward(loss: torch.Tensor) -> None:
 
 
 class _Contents(TorchFunctionMode):
-    """Answers where contents leave torch: numpy arrays and lists, of known values or zeros."""
+    """Answers where contents leave torch as arrays."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.Tensor.numpy, torch.Tensor.tolist):
-            known = getattr(args[0], "value", None)
-            if known is None and torch._subclasses.fake_tensor.is_fake(args[0]):
-                kind = str(args[0].dtype).removeprefix("torch.").replace("bfloat16", "float32")
-                made = np.zeros(tuple(args[0].shape), kind)
-                return made if func is torch.Tensor.numpy else made.tolist()
-            if known is not None:
-                with torch._C.DisableTorchFunction(), torch.utils._python_dispatch._disable_current_modes():
-                    return func(known)
+        if func is torch.Tensor.numpy and isinstance(args[0], FakeTensor):
+            return _array(args[0])
         return func(*args, **(kwargs or {}))
+
+
+def _listed(tensor: Any) -> Any:
+    return _array(tensor).tolist()
+
+
+def _array(tensor: Any) -> Any:
+    known = getattr(tensor, "value", None)
+    if known is None:
+        kind = str(tensor.dtype).removeprefix("torch.").replace("bfloat16", "float32")
+        return np.zeros(tuple(tensor.shape), kind)
+    with torch._C.DisableTorchFunction(), torch.utils._python_dispatch._disable_current_modes():
+        return known.numpy()
 
 
 class _Gpu(TorchFunctionMode):

@@ -79,17 +79,17 @@ class Footprint:
 
 
 def divided(
-    parts: Mapping[str, int], engine: str, processes: int, *, offload: bool, gathered: int, overlapping: bool = True
+    parts: Mapping[str, int], engine: str, processes: int, *, offload: bool, gathered: int
 ) -> tuple[dict[str, int], dict[str, int]]:
     """The parts of one process, on its device and in its host's memory.
 
-    ddp copies the gradients into buffers to exchange them. `gathered` is how many bytes of frozen weights are whole at once
-    where they lie in shards.
+    ddp has buffers for gradients, as large as what is trained. `gathered` is how many bytes of frozen weights are whole at
+    once where they lie in shards.
     """
     device, host = dict(parts), dict[str, int]()
     if engine == "ddp":
-        if processes > 1 and "gradients" in parts:
-            device["exchange"] = parts["gradients"]
+        if processes > 1 and "adapters" in parts:
+            device["exchange"] = parts["adapters"]
         return device, host
     for part in parts:
         kind = part.split(" ")[0]

@@ -141,10 +141,8 @@ class Trace(TorchDispatchMode):
             return _computed(func, args, kwargs) if known else _guess(given[0].dtype)
         real: Any = None
         if name == "index":
-            if any(x is not None and x.dtype in _MASKS for x in args[1]):
-                places = [torch.nonzero(x, as_tuple=True) if x is not None and x.dtype in _MASKS else (x,) for x in args[1]]
-                return torch.ops.aten.index.Tensor(args[0], [y for x in places for y in x])
-            result = func(*args, **kwargs)
+            args = (args[0], [y for x in args[1] for y in self._places(x)])
+            result = func(*args)
         elif not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.isdisjoint(func.tags):
             if not known:
                 raise NotImplementedError(f"{func}: what it returns depends on values that are not known before the run")
@@ -169,6 +167,15 @@ class Trace(TorchDispatchMode):
                 if isinstance(tensor, FakeTensor) and not self.known[tensor.untyped_storage()._cdata].part:
                     self.known[tensor.untyped_storage()._cdata].part = "activations"
         return result
+
+    def _places(self, index: Any) -> tuple[Any, ...]:
+        """An index as it is, or where a mask says yes: what indexing by a mask does inside."""
+        if index is None or index.dtype not in _MASKS:
+            return (index,)
+        if _value(index) is None:
+            raise NotImplementedError("what indexing by a mask returns depends on values that are not known before the run")
+        found = _computed(torch.ops.aten.nonzero.default, (index,), {})
+        return tuple(faked(self, column) for column in found.unbind(1))
 
     def _followed(self, func: Any, name: str, args: Any, kwargs: Any, given: Any, known: bool, result: Any) -> Any:
         """The values of a whole-number result, where all it was made from is known."""
@@ -234,7 +241,8 @@ def faked(trace: Trace, tensor: torch.Tensor) -> torch.Tensor:
     shape."""
     made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
     if tensor.device.type != "meta" and not tensor.dtype.is_floating_point:
-        made.value = tensor.clone()  # type: ignore[attr-defined]
+        with torch.utils._python_dispatch._disable_current_modes():
+            made.value = tensor.clone()  # type: ignore[attr-defined]
     return made
 
 

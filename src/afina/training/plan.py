@@ -36,7 +36,7 @@ from afina.memory.step import lean_step
 from afina.memory.storage import FLOATS, Storage, settled_weights
 from afina.memory.trace import Trace, faked
 from afina.tasks.catalogue import find_task
-from afina.tasks.task import Feature, Task
+from afina.tasks.task import Batch, Feature, Task
 from afina.training.cache import encoded_once
 from afina.training.models import ModelSource, find_model, load_config, load_tokenizer
 from afina.training.optimizers import make_optimizer
@@ -76,17 +76,22 @@ class Planner:
         share = math.ceil(options.rows / self.processes)
         at_once = math.ceil(share / options.gradient_accumulation)
         wide = model.get_base_model().get_input_embeddings().weight.shape[0]
+        batches = [
+            task.collate(self.features[side][:count])
+            for side, count in (("train", at_once), ("evaluate", options.read_at_once))
+        ]
         trace = Trace(hidden=hidden_of(self.device), wide=wide)
         with kernels_of(self.device), trace:
             trained = _placed(trace, model)
             optimizer = _optimizer(trace, options.optimizer, trained, options.weight_decay)
             task.label_smoothing, several = options.label_smoothing, options.gradient_accumulation > 1
-            self._step(trace, model, task, trained, optimizer, self._rows("train", at_once), several=several)
-            self._read(trace, model, task, self._rows("evaluate", options.read_at_once))
+            self._step(trace, model, task, trained, optimizer, batches[0], several=several)
+            self._read(trace, model, task, batches[1])
         weights = {k: v for k, v in trace.peak("").parts.items() if k.startswith("weights")}
+        tight = memory.limit is not None or memory.gradient_checkpointing
         moments = {"load": self._load(weights)}
         for name, phases in (("train", ("forward", "backward", "step")), ("evaluate", ("evaluate",))):
-            parts = trace.peak(*phases, allocator=allocator_of(self.device)).parts
+            parts = trace.peak(*phases, allocator=allocator_of(self.device, tight=tight)).parts
             if memory.activation_offload and self.device == "cuda" and "activations" in parts:
                 kept = {"activations": parts.pop("activations")}
             else:
@@ -108,12 +113,8 @@ class Planner:
             config.exclude_modules = idle
         return get_peft_model(base, config), task
 
-    def _rows(self, side: str, count: int) -> list[Feature]:
-        """So many of the longest rows, or all where there are fewer."""
-        return list(self.features[side][:count])
-
     def _step(
-        self, trace: Trace, model: Any, task: Task, trained: list[Any], optimizer: Any, rows: list[Feature], *, several: bool
+        self, trace: Trace, model: Any, task: Task, trained: list[Any], optimizer: Any, rows: Batch, *, several: bool
     ) -> None:
         """One part of a step; where there are several, the gradients of the one before are there already."""
         model.train()
@@ -121,11 +122,11 @@ class Planner:
             for p in trained:
                 p.grad = torch.zeros_like(p)
             trace.follow((p.grad for p in trained), "gradients")
-        batch = {k: faked(trace, v) for k, v in task.collate(rows).items()}
+        batch = {k: faked(trace, v) for k, v in rows.items()}
         with trace.phase("forward"), autocast_of(self.precision):
             if task.parts_share:
                 task.share(model, [batch], lambda value: [value], 0)
-            loss = task.loss_sum(model, batch) / len(rows)
+            loss = task.loss_sum(model, batch) / task.targets_in(rows)
         with trace.phase("backward"):
             backward(loss)
         del loss, batch
@@ -137,10 +138,10 @@ class Planner:
         for p in trained:
             p.grad = None
 
-    def _read(self, trace: Trace, model: Any, task: Task, rows: list[Feature]) -> None:
+    def _read(self, trace: Trace, model: Any, task: Task, rows: Batch) -> None:
         """A batch of evaluation, in the arithmetic in which the test rows are read."""
         model.eval()
-        batch = {k: faked(trace, v) for k, v in task.collate(rows).items()}
+        batch = {k: faked(trace, v) for k, v in rows.items()}
         precision = _NAMES[task.storage.dtype]
         with trace.phase("evaluate"), torch.no_grad(), autocast_of(precision):
             task.answers(model, batch)

@@ -1,0 +1,69 @@
+"""Allocators played through: they hold what is taken at least, and glibc's heap keeps holes."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from afina.memory.allocators import Heap, Pools
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize("make", [Heap, lambda: Heap(MIB, rising=False), Pools, lambda: Heap(slack=0)])
+def test_what_is_held_covers_what_is_taken_and_blocks_do_not_overlap(make):
+    allocator, chance, taken, alive = make(), random.Random(0), {}, 0
+    for _ in range(3000):
+        if taken and chance.random() < 0.5:
+            block = chance.choice(sorted(taken))
+            alive -= taken.pop(block)
+            allocator.give(block)
+        else:
+            size = int(2 ** chance.uniform(3, 24))
+            block = allocator.take(size)
+            assert block not in taken
+            taken[block], alive = size, alive + size
+        assert allocator.held >= alive
+    sizes = getattr(allocator, "sizes", None) or {b: s for b, (_, s) in allocator.blocks.items()}
+    inside = sorted((b, s) for b, s in sizes.items() if b >= 0)
+    assert all(a + s <= b for (a, s), (b, _) in itertools.pairwise(inside))
+
+
+def test_large_blocks_go_back_and_the_threshold_rises_with_them():
+    heap = Heap()
+    first = heap.take(5 * MIB)
+    assert first < 0
+    assert heap.held >= 5 * MIB
+    heap.give(first)
+    assert heap.held < MIB
+    assert heap.take(4 * MIB) >= 0  # now it lies in the heap
+    fixed = Heap(MIB, rising=False)
+    for _ in range(3):
+        fixed.give(fixed.take(5 * MIB))
+    assert fixed.take(4 * MIB) < 0
+
+
+def test_an_old_glibc_does_not_put_a_block_where_one_of_its_size_was():
+    def held(slack):
+        heap = Heap(32 * MIB, rising=False, slack=slack)
+        one, two = heap.take(3 * MIB), heap.take(3 * MIB)
+        heap.give(one)
+        heap.take(3 * MIB)
+        assert two >= 0
+        return heap.held
+
+    assert held(0) < 7 * MIB < 9 * MIB < held(112)
+
+
+def test_a_gpu_keeps_what_it_was_given():
+    pools = Pools()
+    small, large = pools.take(100), pools.take(11 * MIB)
+    assert pools.held == 2 * MIB + 12 * MIB
+    pools.give(large)
+    pools.give(small)
+    assert pools.held == 14 * MIB
+    pools.take(10 * MIB)
+    pools.take(513)
+    assert pools.held == 14 * MIB
