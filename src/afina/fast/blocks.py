@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from afina.core.adapted import AdaptedLayer
+
 __all__ = ["Stack", "find_stack"]
 
 
@@ -36,7 +38,7 @@ def find_stack(model: Any, call: Callable[[], Any]) -> Stack | str:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     owner = base.get_encoder() if getattr(base.config, "is_encoder_decoder", False) else base
     lists = [(name, m) for name, m in owner.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
-    lists = [(name, m) for name, m in lists if len({type(block) for block in m}) == 1]
+    lists = [(name, m) for name, m in lists if len({_kind(block) for block in m}) == 1]
     weights = [(sum(p.numel() for p in m.parameters()), name, m) for name, m in lists]
     if not weights or not max(weights)[0]:
         return f"{type(base).__name__} has no list of blocks"
@@ -58,6 +60,10 @@ def find_stack(model: Any, call: Callable[[], Any]) -> Stack | str:
         if own and called is not None and called < entered:
             depth = 0  # what enters the first block changes
     return Stack(owner, name, blocks, depth, before, around)
+
+
+def _kind(block: nn.Module) -> type:
+    return type(block.base_layer) if isinstance(block, AdaptedLayer) else type(block)
 
 
 def _order(model: Any, owner: nn.Module, name: str, blocks: nn.ModuleList, call: Callable[[], Any]) -> dict[Any, int] | str:
