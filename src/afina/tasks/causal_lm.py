@@ -105,7 +105,8 @@ class CausalLM(WritingTask):
         from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
         model = load_base(self, AutoModelForCausalLM, path, heads=())
-        if model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and _looks_ahead(model):
+        masked = model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        if masked and not self.storage.empty and _looks_ahead(model):
             raise ConfigError(
                 f"model {path}: {type(model).__name__} sees the tokens that follow, so it would foretell what it reads; "
                 "take a model that was trained to continue text"
