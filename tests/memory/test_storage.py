@@ -54,7 +54,10 @@ def bases(tmp_path_factory):
     return base
 
 
-@pytest.mark.parametrize("architecture", sorted(language_bases.MODELS))
+PAIRS = [(a, w) for a in sorted(language_bases.MODELS) for w in QUANTISED if w == "nf4" or a in ("GPT-2", "T5")]
+
+
+@pytest.mark.parametrize(("architecture", "storage"), PAIRS, indirect=["storage"])
 def test_linear_layers_are_quantised_and_all_else_is_as_it_was(architecture, storage, bases):
     auto, path = auto_of(architecture), bases(architecture)
     plain = auto.from_pretrained(path)
@@ -90,13 +93,13 @@ def test_linear_layers_are_quantised_and_all_else_is_as_it_was(architecture, sto
 def test_what_is_held_while_loading_is_what_stays_and_little_more(storage, tmp_path):
     """The whole model in floating point is never there; tensors are read one by one."""
     config = tf.LlamaConfig(
-        hidden_size=512, intermediate_size=1408, num_hidden_layers=14, num_attention_heads=8, num_key_value_heads=8,
+        hidden_size=512, intermediate_size=1408, num_hidden_layers=9, num_attention_heads=8, num_key_value_heads=8,
         vocab_size=997, tie_word_embeddings=False,
     )  # fmt: skip
     with torch.device("meta"):
         outline = tf.LlamaForCausalLM(config)
     sizes = [4 * math.prod(p.shape) for p in outline.parameters()]
-    assert sum(sizes) > 180e6
+    assert sum(sizes) > 115e6
     model = outline.to_empty(device="cpu")
     with torch.no_grad():
         for p in model.parameters():
@@ -110,8 +113,8 @@ def test_what_is_held_while_loading_is_what_stays_and_little_more(storage, tmp_p
         model, _ = Storage(storage).load(tf.AutoModelForCausalLM, str(tmp_path))
     held = stored_bytes(model)
     assert held < (0.35 if "int8" in storage else 0.2) * sum(sizes)
-    assert peak.added < held + 10 * max(sizes) + 48e6  # the workspace of quantising one tensor, and what is read in between
-    assert peak.added < 0.7 * sum(sizes)
+    assert peak.added < held + 8 * max(sizes) + 44e6  # the workspace of quantising one tensor, and what is read in between
+    assert peak.added < 0.9 * sum(sizes)  # mapped as a whole, the checkpoint alone is all of it
 
 
 def test_t33_what_is_not_quantised_keeps_the_type_of_the_checkpoint(storage, tmp_path):
@@ -191,23 +194,22 @@ def whole_run(recipe, folder):
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_every_task_trains_on_four_bits(name, tmp_path):
     pytest.importorskip("bitsandbytes")
-    recipe = case(name, tmp_path)
+    recipe = case(name, tmp_path, epochs=1)
     recipe.memory = MemoryOptions(weights="nf4")
     whole_run(recipe, tmp_path / "run")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_in_every_storage(storage, precision, tmp_path):
+def test_a_run_in_every_storage(storage, tmp_path):
     recipe = case("sequence_classification", tmp_path)
     recipe.memory = MemoryOptions(weights=storage)
-    recipe.training.precision = precision
+    recipe.training.precision = "bf16"
     whole_run(recipe, tmp_path / "run")
 
 
 @pytest.mark.parametrize("method", sorted(methods()))
 def test_every_method_trains_on_eight_bits(method, tmp_path):
     pytest.importorskip("bitsandbytes")
-    recipe = case("sequence_classification", tmp_path)
+    recipe = case("sequence_classification", tmp_path, epochs=1)
     recipe.memory, recipe.method = MemoryOptions(weights="int8"), {"name": method}
     if method == "trainable_tokens":
         recipe.method["token_indices"] = [5, 6, 7]
