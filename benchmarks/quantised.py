@@ -65,7 +65,7 @@ def tuned(weights: str, rows: Path, folder: Path) -> dict[str, Any]:
     side = run.rows["validation"].features
     batches = [run.task.collate(side[i : i + 16]) for i in range(0, min(64, len(side)), 16)]
     report = merge_error(run.model, batches, outputs=run.task.logits)
-    return {"test": done["test"]["macro_f1"], "seconds": done["train"]["seconds"], "merge": report.to_dict()}
+    return {"test": done["test"]["macro_f1"], "merge": report.to_dict()}
 
 
 def measure(data: Path) -> dict[str, Any]:
@@ -116,11 +116,11 @@ def markdown(result: dict[str, Any]) -> str:
         rounded = bool(merge["layers"])
         lost = f"{outputs['lost']:.1%}" if rounded else "-"
         second.append([
-            weights, f"{own['test']:.3f}", f"{own['seconds']:.0f} s", lost, f"{merge['error']:.2%}" if rounded else "-",
+            weights, f"{own['test']:.3f}", lost, f"{merge['error']:.2%}" if rounded else "-",
             "refused" if rounded and outputs["lost"] > 0.1 else "done",
         ])  # fmt: skip
     heads = ["weights", "MiniLM", "error", "stories260K", "error", "beyond, while loading MiniLM"]
-    tuned_heads = ["weights", "test macro F1", "training", "a merge loses", "error of the outputs", "by default"]
+    tuned_heads = ["weights", "test macro F1", "a merge loses", "error of the outputs", "by default"]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     said = f"Measured on {result['date']}: {result['cpu']}, {result['threads']} thread; {versions}."
     return "\n".join([table(heads, first), "", table(tuned_heads, second), "", said]) + "\n"
