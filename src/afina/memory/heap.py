@@ -2,7 +2,7 @@
 
 glibc learns from the first large tensor that is freed to put later ones up to 32 MB among the small things of its heap,
 where what is free lies between what is not: a step that needs 240 MB at once then holds 450. The other way costs time, since
-the system clears every page that it gives: a quarter of a step's, so it is taken where memory is short.
+the system clears every page that it gives: a quarter to a third more of a step's, so it is taken where memory is short.
 """
 
 from __future__ import annotations
