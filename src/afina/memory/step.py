@@ -31,7 +31,7 @@ def lean_step(
 
     Returns what is to be known of it, as sentences for a person: which layers are computed in a slower way (T35).
 
-    `tight`: memory counts for more than time, and a CPU gives freed memory back at once, which takes up to a third more of it.
+    `tight`: memory counts for more than time: a CPU gives freed memory back at once, which takes up to a third more time.
     Raises ConfigError, naming options as `spell` says they were typed, for what this model or device does not do.
     """
     mover = activation_mover(device, spell("memory.activation_offload")) if activation_offload else None
