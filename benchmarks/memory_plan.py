@@ -1,9 +1,10 @@
 """How near a plan of memory comes to what the run then takes: `python benchmarks/memory_plan.py`.
 
-Each setting is a whole run of `afina train` on a model with random weights, in a process of its own: loading, three steps,
-evaluation, test, saving, reading back. In front of it, in the same process, stands the plan of its recipe. Measured is the
-resident memory that the run adds at most (the kernel's high-water mark); planned is the plan without the process itself.
-Takes about 20 minutes on one core. `--markdown FILE` writes the table into a document; names of settings run those alone.
+Each setting is a whole run of `afina train` with a limit of memory, on a model with random weights and in a process of its
+own: loading, three steps, evaluation, test, saving, reading back. In front of it, in the same process, stands the plan of
+its recipe. Measured is the resident memory that the run adds at most (the kernel's high-water mark); planned is the plan
+without the process itself. Takes about 20 minutes on one core. `--markdown FILE` writes the table into a document; names of
+settings run those alone.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def prepare_inputs(folder: Path, name: str) -> Path:
         "data": {"file": str(folder / "rows.jsonl"), "validation": 2 / 7, "test": 2 / 7},
         "method": changes.get("method", "lora"),
         "training": {"epochs": 1, "precision": "fp32", "max_length": length, "max_truncated": 1.0},
-        "memory": {},
+        "memory": {"limit": "100GB"},  # memory counts, so what is freed goes back at once
     }
     for key, value in changes.items():
         if key != "method":

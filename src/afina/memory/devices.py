@@ -86,7 +86,7 @@ _FLOAT32 = {
 def kernels_of(device: str) -> Any:
     """Within this, code that is traced runs as on the device; tensors asked for their contents answer with what is known of
     them, or zeros."""
-    own, FakeTensor.tolist = FakeTensor.tolist, _listed  # type: ignore[method-assign]
+    own, FakeTensor.tolist = FakeTensor.tolist, _listed  # type: ignore[assignment,method-assign]
     try:
         with _Contents(), _Gpu() if device == "cuda" else nullcontext():
             yield

@@ -9,7 +9,16 @@ from torch import nn
 from afina.core.codecs.outline import OutlineLinear
 from afina.memory.loading import floating
 
-__all__ = ["outlined"]
+__all__ = ["outlined", "untied"]
+
+
+def untied(model: Any, path: str) -> None:
+    """Gives the output head a table of its own where the checkpoint has one: its configuration says that the two are not
+    tied, which transformers sets aside for some architectures (T5) until it sees the weights."""
+    said, _ = model.config.get_config_dict(path)
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if said.get("tie_word_embeddings") is False and head is not None and head.weight is table.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
 
 
 def outlined(model: Any, kind: str) -> Any:

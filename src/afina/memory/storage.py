@@ -10,7 +10,7 @@ import torch
 
 from afina.errors import ConfigError
 from afina.memory.loading import check_library, load_quantised
-from afina.memory.outlines import outlined
+from afina.memory.outlines import outlined, untied
 from afina.memory.packed import PACKED, load_packed
 
 __all__ = ["FLOATS", "QUANTISED", "STORAGES", "Storage", "settled_weights", "stored_as"]
@@ -59,6 +59,7 @@ class Storage:
 
             with torch.device("meta"):
                 model = auto.from_config(AutoConfig.from_pretrained(path, **settings), dtype=self.dtype)
+            untied(model, path)
             if self.weights not in FLOATS:
                 outlined(model, self.weights)
             return model, {"missing_keys": [], "mismatched_keys": []}
