@@ -57,3 +57,25 @@ def test_t18_another_base_is_refused(folder, tmp_path):
     }))
     with pytest.raises(BaseMismatchError):
         model.merge_and_unload(base=other)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_t18_a_transposed_layer_is_one_again(storage, tmp_path):
+    """GPT-2 holds weights as `[in, out]`; what is merged of a quantised one is a checkpoint of GPT-2, square layers too."""
+    from afina import LoraConfig, get_peft_model
+    from afina.memory.storage import Storage
+
+    torch.manual_seed(0)
+    config = tf.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=1)
+    tf.GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    base, _ = Storage(storage).load(tf.AutoModelForCausalLM, str(tmp_path / "base"))
+    options = {"target_modules": ["c_attn", "c_proj"], "init_lora_weights": False, "r": 3}
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **options)).eval()
+    ids = torch.randint(0, 97, (3, 7))
+    with torch.no_grad():
+        want = model(input_ids=ids).logits
+        merged = model.merge_and_unload(base="dequantised")
+        merged.save_pretrained(tmp_path / "merged")
+        again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        for one in (merged, again.eval()):
+            torch.testing.assert_close(one(input_ids=ids).logits, want, rtol=1e-4, atol=1e-4)

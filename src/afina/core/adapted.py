@@ -215,7 +215,7 @@ def _take(value: Any, index: torch.Tensor, size: int) -> Any:
 
 
 def _put(y: Any, parts: list[tuple[torch.Tensor, Any]]) -> Any:
-    """`y` with some rows replaced; rows of no adapter stay as they are. Heads of different sizes are filled up with zeros."""
+    """`y` with some rows replaced; rows of no adapter stay. Heads of different sizes are filled up with zeros."""
     if isinstance(y, torch.Tensor):
         widest = max(t.shape[-1] for t in (y, *(rows for _, rows in parts))) if y.dim() else 0
         y = _widened(y, widest) if y.dim() and y.shape[-1] < widest else y.clone()

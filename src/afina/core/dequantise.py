@@ -35,7 +35,7 @@ def dequantised(model: Any, dtype: torch.dtype | None = None) -> Any:
         plain = plain_layer(module, dtype)
         holder._modules[leaf] = plain
         if isinstance(holder, AdaptedLayer):
-            holder.view.layer = plain  # the adapters' too
+            holder.view.becomes(plain)  # the adapters' too
     for name in _SAID:
         for held in (model, getattr(model, "model", None)):
             if held is not None and name in held.__dict__:

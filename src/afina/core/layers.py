@@ -42,6 +42,12 @@ class LayerView:
         self.in_features, self.out_features = in_features, out_features
         self.before_merge: dict[str, Any] | None = None  # the stored form while adapters are merged into it
 
+    def becomes(self, layer: nn.Module) -> None:
+        """Be the view of a layer that stands in for this one, for all who hold it."""
+        other = view_of(layer)
+        self.__class__ = type(other)
+        self.__dict__.update(other.__dict__)
+
     # --- reading and writing
 
     def weight(self) -> torch.Tensor:

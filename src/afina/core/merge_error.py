@@ -175,8 +175,9 @@ def rounding(adapters: AdapterSet, names: Sequence[str] | None = None) -> MergeR
                 after, bias = adapter.merge_into(after, bias)
             stored = _written(layer.base_layer, after)
             rounded, change = stored - after, after - before
-            norms = [float(t.norm()) for t in (rounded, change, after)]
-            report.layers.append(LayerError(key, codec.name, *norms, undone=-float((rounded * change).sum())))
+            lost, added, whole = (float(t.norm()) for t in (rounded, change, after))
+            undone = -float((rounded * change).sum())
+            report.layers.append(LayerError(key, codec.name, lost, added, whole, undone=undone))
     return report
 
 

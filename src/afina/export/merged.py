@@ -8,7 +8,6 @@ which are merged first because only then it is known whether both sides are stil
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -54,8 +53,7 @@ def merged_tensors(adapters: AdapterSet) -> Iterator[Mapping[str, torch.Tensor]]
     floats = model.dtype if model.dtype.is_floating_point else torch.float32
     targets = set(getattr(model, "all_tied_weights_keys", None) or ())
     still = {slot for group in tied_groups(model).groups for slot in group if slot in targets}
-    turned = _transposed(model) if any(_is_quantised(_inner(module)) for module in model.modules()) else set()
-    pairs = ((name, tensor.T if name in turned else tensor) for name, tensor in _walk(model, "", names, floats))
+    pairs = _walk(model, "", names, floats)
     yield from _renamed(model, (pair for pair in pairs if pair[0] not in still))
 
 
@@ -68,15 +66,6 @@ def _inner(module: nn.Module) -> nn.Module:
 def _is_quantised(module: nn.Module) -> bool:
     codec = codec_of(module)
     return not codec.exact and codec.name != "opaque"
-
-
-def _transposed(model: Any) -> set[str]:
-    """Weights that the plain model holds as `[in, out]` (GPT-2's) and a quantised one as `[out, in]`."""
-    config = copy.deepcopy(model.config)
-    config.__dict__.pop("quantization_config", None)
-    with torch.device("meta"):
-        plain = type(model)(config)
-    return {f"{path}.weight" for path, module in plain.named_modules() if type(module).__name__ == "Conv1D"}
 
 
 def _walk(module: nn.Module, prefix: str, names: tuple[str, ...], floats: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:

@@ -19,11 +19,18 @@ def is_quantised(layer: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def plain_layer(layer: Any, dtype: torch.dtype) -> nn.Linear:
-    """A linear layer with the values of a quantised one, in `dtype`; the bias is the same Parameter."""
+def plain_layer(layer: Any, dtype: torch.dtype) -> nn.Module:
+    """A layer with the values of a quantised one, in `dtype`; the bias is the same Parameter.
+
+    A linear layer, or where transformers quantised GPT-2's transposed one, that again: a checkpoint has its form.
+    """
     weight = codec_of(layer).read(layer)
     with torch.device("meta"):
-        made = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None)
+        if getattr(getattr(layer, "source_cls", None), "__name__", "") == "Conv1D":
+            made: nn.Module = layer.source_cls(weight.shape[0], weight.shape[1])
+            weight = weight.T
+        else:
+            made = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None)
     made.weight = nn.Parameter(weight.to(dtype).contiguous(), requires_grad=False)
     if layer.bias is not None:
         made.bias = layer.bias
