@@ -26,8 +26,9 @@ from afina.core.codecs import codec_of
 from afina.errors import MissingDependencyError
 from afina.memory.measure import release
 
-__all__ = ["check_library", "device_of_process", "floating", "load_quantised", "tensor_by_tensor"]
+__all__ = ["READ_BEFORE_TIDYING", "check_library", "device_of_process", "floating", "load_quantised", "tensor_by_tensor"]
 
+READ_BEFORE_TIDYING = 32 << 20  # bytes that are read before what was let go is given back
 _LIBRARIES = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "fp4": "bitsandbytes", "int8_weight_only": "torchao"}
 _CAST_TO_WEIGHT = {"wo"}  # kept in float32 by transformers where float16 would overflow; here sums are wider
 
@@ -151,7 +152,7 @@ def tensor_by_tensor() -> Iterator[None]:
 class _Tidy:
     """Gives memory back whenever so many bytes were read."""
 
-    def __init__(self, every: int = 32 << 20):
+    def __init__(self, every: int = READ_BEFORE_TIDYING):
         self.every, self.left = every, every
 
     def __call__(self, amount: int) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from afina.core.codecs import logical_numel
 from afina.core.codecs.outline import OutlineLinear
 from afina.core.config import TargetedConfig
 from afina.data.columns import chosen_columns
@@ -31,6 +32,7 @@ from afina.errors import ConfigError, Problems
 from afina.functions import get_peft_model
 from afina.memory.devices import allocator_of, autocast_of, backward, hidden_of, kernels_of, overhead_of
 from afina.memory.footprint import Footprint, Moment, divided
+from afina.memory.loading import READ_BEFORE_TIDYING
 from afina.memory.measure import resident
 from afina.memory.step import lean_step
 from afina.memory.storage import FLOATS, Storage, settled_weights
@@ -89,7 +91,7 @@ class Planner:
             self._read(trace, model, task, batches[1])
         weights = {k: v for k, v in trace.peak("").parts.items() if k.startswith("weights")}
         tight = memory.limit is not None or memory.gradient_checkpointing
-        moments = {"load": self._load(weights)}
+        moments = {"load": self._load(weights, model, task.storage)}
         for name, phases in (("train", ("forward", "backward", "step")), ("evaluate", ("evaluate",))):
             parts = trace.peak(*phases, allocator=allocator_of(self.device, tight=tight)).parts
             if memory.activation_offload and self.device == "cuda" and "activations" in parts:
@@ -146,9 +148,14 @@ class Planner:
         with trace.phase("evaluate"), torch.no_grad(), autocast_of(precision):
             task.answers(model, batch)
 
-    def _load(self, weights: dict[str, int]) -> Moment:
-        """The weights alone; for a GPU they are put together in the host's memory and then moved."""
-        return Moment(dict(weights), dict(weights) if self.device == "cuda" else {})
+    def _load(self, weights: dict[str, int], model: Any, storage: Storage) -> Moment:
+        """The weights; for a GPU they are put together in the host's memory and then moved. Those that are quantised go
+        where they belong one by one: beside them are the largest as it is read and what is not given back yet."""
+        if storage.weights in FLOATS:
+            return Moment(dict(weights), dict(weights) if self.device == "cuda" else {})
+        largest = max(logical_numel(p) for p in model.parameters()) * storage.dtype.itemsize
+        work = {"workspace": largest + READ_BEFORE_TIDYING}
+        return Moment({**weights, **work}, work if self.device == "cuda" else {})
 
     def _surroundings(self, moments: dict[str, Moment]) -> None:
         for moment in moments.values():
