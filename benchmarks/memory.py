@@ -293,7 +293,8 @@ def main() -> None:
         write_models(asked.only, asked.write)
     elif asked.markdown:
         text = asked.markdown.read_text(encoding="utf-8")
-        made_table = markdown(json.loads(RESULTS.read_text(encoding="utf-8")))
+        shown = summary if asked.markdown.name == "README.md" else markdown
+        made_table = shown(json.loads(RESULTS.read_text(encoding="utf-8")))
         asked.markdown.write_text(between_markers(text, "memory", made_table), encoding="utf-8")
     else:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -303,6 +304,19 @@ def main() -> None:
             kept[setting] = entry
             if asked.rewrite == "yes":
                 write_json(RESULTS, {"about": about(packages, 1), "results": kept})
+
+
+def summary(results: Mapping[str, Any]) -> str:
+    """The ratios of the whole peak alone."""
+    of, found, kinds = results["about"], results["results"], ("fp32", "bf16", "int8", "nf4")
+    lines = []
+    for name in MODELS:
+        peaks = [(e["ours"]["most"], e["theirs"]["most"]) for kind in kinds if (e := found.get(f"{name} {kind}"))]
+        if len(peaks) == len(kinds):
+            lines.append((MODELS[name][0], *(f"{ours / theirs:.2f}" for ours, theirs in peaks)))
+    versions = ", ".join(f"{name} {of['versions'][name]}" for name in ("afina", "peft", "transformers", "torch"))
+    said = f"Peak memory of a LoRA training step, whole process, over PEFT's with Trainer ({versions}; {of['cpu']}):"
+    return f"{said}\n\n{table(('ours / theirs', *kinds), lines)}"
 
 
 def markdown(results: Mapping[str, Any]) -> str:
