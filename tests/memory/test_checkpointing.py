@@ -123,3 +123,35 @@ def test_t32_evaluation_holds_no_whole_logits(tmp_path, monkeypatch):
         answers = predict(run.model, run.task, rows, len(rows.features), make_engine("fp32"))
     assert sum(a.foretold.tokens for a in answers) == targets > 20
     assert watch.most <= 5
+
+
+@pytest.mark.parametrize("name", ["BERT", "GPT-2"])
+def test_t37_blocks_that_end_in_a_norm_have_the_same_gradients(name):
+    """What a block gives must not be computed again out of what the block keeps, for it keeps nothing."""
+    import transformers as tf
+
+    from afina.memory.step import lean_step
+
+    def made():
+        torch.manual_seed(0)
+        if name == "BERT":
+            sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 131}
+            base = tf.BertForSequenceClassification(tf.BertConfig(vocab_size=97, **sizes))
+        else:
+            base = tf.GPT2ForSequenceClassification(
+                tf.GPT2Config(vocab_size=97, n_embd=64, n_layer=3, n_head=2, pad_token_id=0, bos_token_id=1, eos_token_id=1)
+            )
+        config = afina.LoraConfig(task_type="SEQ_CLS", r=3, target_modules="all-linear", init_lora_weights=False)
+        return afina.get_peft_model(base, config).train()
+
+    ids = torch.randint(2, 97, (13, 61), generator=torch.Generator().manual_seed(3))  # tensors that are worth the work
+    found = {}
+    for again in (False, True):
+        model = made()
+        lean_step(model, torch.device("cpu"), gradient_checkpointing=again)
+        torch.manual_seed(5)
+        model(input_ids=ids).logits.logsumexp(-1).sum().backward()
+        found[again] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert found[True].keys() == found[False].keys()
+    for n, gradient in found[False].items():
+        torch.testing.assert_close(found[True][n], gradient, rtol=1e-4, atol=1e-5, msg=n)

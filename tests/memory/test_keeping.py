@@ -162,7 +162,7 @@ def test_less_is_kept(name, autocast, most, monkeypatch):
 
 
 def test_a_narrow_source_is_kept_once():
-    keep, x = keeping._Keeping(None), torch.randn(5, 7).bfloat16().requires_grad_()
+    keep, x = keeping._Keeping(None, again=True), torch.randn(5, 7).bfloat16().requires_grad_()
     wide = (x + 1).float()
     first, second = keep.pack(wide), keep.pack(wide)
     assert first is second

@@ -46,8 +46,11 @@ class Mover(Protocol):
         """The tensor again."""
 
 
-def keep_less(model: nn.Module, mover: Mover | None = None) -> None:
-    """From now on each forward pass of `model` under gradients keeps only what has to be kept; `mover` takes that away."""
+def keep_less(model: nn.Module, mover: Mover | None = None, *, in_blocks: bool = False) -> None:
+    """From now on each forward pass of `model` under gradients keeps only what has to be kept; `mover` takes that away.
+
+    `in_blocks`: checkpointed blocks keep nothing, so nothing outside can be computed again out of what they keep.
+    """
     entered: list[ExitStack] = []
 
     def enter(module: nn.Module, args: Any) -> None:
@@ -55,7 +58,7 @@ def keep_less(model: nn.Module, mover: Mover | None = None) -> None:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             if mover is not None:
                 mover.begin(model)
-            keeping = _Keeping(mover)
+            keeping = _Keeping(mover, again=not in_blocks)
             stack.enter_context(saved_tensors_hooks(keeping.pack, keeping.unpack))
         entered.append(stack)
 
@@ -88,15 +91,15 @@ class _Narrow:
 class _Keeping:
     """Of one forward pass."""
 
-    def __init__(self, mover: Mover | None):
-        self.mover = mover
+    def __init__(self, mover: Mover | None, *, again: bool):
+        self.mover, self.again = mover, again
         self.narrowed: dict[int, tuple[ref[torch.Tensor], ref[_Narrow]]] = {}
 
     def pack(self, tensor: torch.Tensor) -> Any:
         node = tensor.grad_fn
         if node is None or tensor.output_nr or tensor.nbytes < _SMALLEST or not tensor.is_floating_point():
             return self._moved(tensor)
-        if _gives(node):
+        if self.again and _gives(node):
             return _Again(node, tensor.shape)
         if node.name() == "ToCopyBackward0":
             source = _made_by(node.next_functions[0])

@@ -40,7 +40,7 @@ def lean_step(
     if tight and device.type == "cpu":
         large_tensors_apart()
     use_fused_activations(model)
-    keep_less(model, mover)
+    keep_less(model, mover, in_blocks=gradient_checkpointing)
     return slower_layers(model)
 
 
