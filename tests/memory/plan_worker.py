@@ -10,13 +10,16 @@ from afina.memory.measure import measured
 from afina.memory.step import lean_step
 from afina.training.optimizers import make_optimizer
 from afina.training.plan import planner_for
-from afina.training.recipe import Recipe, TrainingOptions
+from afina.training.recipe import MemoryOptions, Recipe, TrainingOptions
 
 MOVING = ("activations", "logits", "workspace", "gradients", "allocator")
 
 
 def main(folder: str, precision: str) -> None:
-    recipe = Recipe(model=folder, training=TrainingOptions(max_length=127, batch_size=64, precision=precision))
+    recipe = Recipe(
+        model=folder, training=TrainingOptions(max_length=127, batch_size=64, precision=precision),
+        memory=MemoryOptions(limit="11GB"),
+    )  # fmt: skip
     planner = planner_for(recipe, "cpu")
     plan = planner.plan(recipe)
     model, task = planner.adapted("fp32")
@@ -26,7 +29,7 @@ def main(folder: str, precision: str) -> None:
             p.normal_(std=0.02)
         for b in model.buffers():
             b.zero_()
-    lean_step(model, torch.device("cpu"))
+    lean_step(model, torch.device("cpu"), tight=True)  # as a run with a limit does
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer("adamw", trained, 1e-3, 0.0)
     batch = task.collate(planner.features["train"][: recipe.training.rows])
