@@ -144,6 +144,7 @@ def show_outcome(run: Run, metrics: dict[str, Any], seconds: float) -> None:
             f"{train['tokens_per_second']:,.0f} tokens/s, "
             f"{train['peak_memory_bytes'] / 2**30:.1f} GiB at most",
             **_shared(train),
+            **({"on the way": "\n".join(train["notes"])} if train["notes"] else {}),
             "adapter": f"{run.output / 'adapter'} ({size / 2**20:.1f} MiB; loaded again and compared: {same})",
             "report": run.output / "report.html",
             "figures": run.output / "metrics.json",

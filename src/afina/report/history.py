@@ -168,6 +168,7 @@ def cost(run: RunFolder) -> Markup:
         pairs.append(("speed", f"{train['tokens_per_second']:,.0f} tokens/s ({train.get('tokens', 0):,} tokens)"))
     if train.get("peak_memory_bytes"):
         pairs.append(("peak memory", size(train["peak_memory_bytes"])))
+    pairs += [("on the way", note) for note in train.get("notes") or []]
     if "precision" in train:
         pairs.append(("precision", f"{train['precision']}, {counted(train.get('threads', 1), 'thread')}"))
     pairs.append(("versions", ", ".join(f"{k} {v}" for k, v in versions.items())))

@@ -16,6 +16,7 @@ import torch
 from afina.errors import TrainingError
 from afina.memory.measure import Peak, available, is_out_of_memory, measured, release
 from afina.memory.sizes import parse_size, shown_size
+from afina.report.words import counted
 from afina.tasks.task import Rows, Task
 from afina.training import checkpoints
 from afina.training.engines.engine import Engine
@@ -84,7 +85,7 @@ def settle_parts(model: Any, task: Task, rows: Mapping[str, Rows], recipe: Recip
     options.gradient_accumulation = math.ceil(most / size)
     return [
         f"measured with the longest rows: {size} of the {options.rows} rows of a step fit at once ({shown_size(peak)} of "
-        f"{shown_size(limit)}), so a step is computed in {options.gradient_accumulation} parts; evaluation reads "
+        f"{shown_size(limit)}), so a step is computed in {counted(options.gradient_accumulation, 'part')}; evaluation reads "
         f"{options.evaluation_batch_size} rows at once"
     ]
 
