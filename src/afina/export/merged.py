@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from afina.core.adapted import AdaptedLayer
-from afina.core.codecs import codec_of
+from afina.core.codecs.written_out import is_quantised
 from afina.core.dequantise import dequantised
 from afina.core.injection import AdapterSet
 from afina.core.ties import tied_groups
@@ -63,18 +63,13 @@ def _inner(module: nn.Module) -> nn.Module:
     return module
 
 
-def _is_quantised(module: nn.Module) -> bool:
-    codec = codec_of(module)
-    return not codec.exact and codec.name != "opaque"
-
-
 def _walk(module: nn.Module, prefix: str, names: tuple[str, ...], floats: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and buffers of a module, its adapters merged as it is reached; given parameters are let go."""
     wrappers: list[AdaptedLayer] = []
     while isinstance(module, AdaptedLayer):
         wrappers.append(module)
         module = module.base_layer
-    if any(_is_quantised(_inner(child)) for child in module.children()):
+    if any(is_quantised(_inner(child)) for child in module.children()):
         dequantised(module, floats)
     for wrapper in reversed(wrappers):
         wrapper.merge(names, keep=False)
