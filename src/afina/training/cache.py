@@ -26,7 +26,7 @@ from afina.core.vocabulary import tokenizer_hash
 from afina.data.example import Example
 from afina.tasks.task import Encoded, Feature, Task
 
-__all__ = ["Part", "Stored", "encoded_once"]
+__all__ = ["Part", "Stored", "cache_folder", "encoded_once"]
 
 _KEPT = 20  # entries
 _FORM = 1  # of the files; another number makes all entries new
@@ -116,7 +116,7 @@ class Part(Sequence[Feature]):
 
 def encoded_once(task: Task, examples: Sequence[Example], max_length: int | None, limit: int) -> Encoded:
     """What `task.encode` gives, from the cache where it has been made before. Raises what `task.encode` raises."""
-    place = _cache()
+    place = cache_folder("encoded")
     if place is None:
         return task.encode(examples, max_length, limit)
     entry = place / _key(task, examples, max_length, limit)
@@ -153,12 +153,13 @@ def _written(entry: Path, encoded: Encoded) -> Encoded:
     return _read(entry)
 
 
-def _cache() -> Path | None:
+def cache_folder(name: str) -> Path | None:
+    """Where afina keeps what it need not compute again; None where AFINA_CACHE is off."""
     asked = os.environ.get("AFINA_CACHE", "")
     if asked.lower() in ("off", "0", "false", "no"):
         return None
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return (Path(asked) if asked else home / "afina") / "encoded"
+    return (Path(asked) if asked else home / "afina") / name
 
 
 def _key(task: Task, examples: Sequence[Example], max_length: int | None, limit: int) -> str:

@@ -81,6 +81,11 @@ class TrainingOptions:
     precision: str = option("auto", "of the arithmetic", choices=("auto", "fp32", "bf16", "fp16"))
     optimizer: str = option("adamw", "what moves the weights; 8 bits need afina[bitsandbytes]", choices=OPTIMIZERS)
     schedule: str = option("linear", "of the learning rate after its rise", choices=SCHEDULES)
+    frozen_dropout: str = option(
+        "off", "in blocks below all that is trained; off: they are computed once a row; keep: in every step",
+        choices=("off", "keep"),
+    )  # fmt: skip
+    trunk_cache: str = option("4GB", "room on the disk for what frozen blocks give; off: they are computed in every step")
     label_smoothing: float = option(0.0, "share of the target that is spread over all classes", low=0.0, high=0.9)
     best: str | None = option(None, "figure that chooses the weights that are kept; None: the first of the task")
     evaluate_every: float = option(1.0, "epochs or steps between evaluations on the validation rows", low=0.001)
@@ -194,6 +199,11 @@ class Recipe:
                 f"{spell('training.gradient_accumulation')}={count}: a step of {rows} rows ({spell('training.batch_size')}) "
                 "has no more parts than that"
             )
+        if options.trunk_cache != "off":
+            try:
+                parse_size(options.trunk_cache)
+            except ConfigError as error:
+                problems.add(f"{spell('training.trunk_cache')}: {error}, or off")
         if self.memory.limit is not None:
             try:
                 parse_size(self.memory.limit)

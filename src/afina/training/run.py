@@ -53,6 +53,7 @@ from afina.training.cache import Part, encoded_once
 from afina.training.engines.choose import check_engine, make_engine
 from afina.training.engines.engine import Engine
 from afina.training.engines.lost import told_of_lost_processes
+from afina.training.fast_path import fast_path
 from afina.training.first import first_of_the_node
 from afina.training.loop import Fitted, fit, predict
 from afina.training.models import ModelSource, find_model, load_config, load_tokenizer
@@ -282,10 +283,12 @@ class Run:
                 notes = settle_parts(self.model, self.task, self.rows, self.recipe, engine)
                 if engine.main:
                     self._write_recipe()
-            fitted = fit(
-                self.model, self.task, self.rows["train"], self.rows["validation"], options, engine, self.output,
-                tell=told, resume=self.resume, from_step=self.from_step,
-            )  # fmt: skip
+            with fast_path(self.model, self.task, self.rows, options, engine) as found:
+                fitted = fit(
+                    self.model, self.task, self.rows["train"], self.rows["validation"], options, engine, self.output,
+                    tell=told, resume=self.resume, from_step=self.from_step,
+                )  # fmt: skip
+            notes += found
             fitted.notes[:0] = notes
             self._settle(engine)
             test = self.rows["test"]

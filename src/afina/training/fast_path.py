@@ -1,0 +1,195 @@
+"""What of a run can be computed once, or less of, without changing it; and what was found, as sentences (T35).
+
+Two things are looked for. Blocks in and before which nothing is trained give the same hidden states in every epoch: they
+are computed once a row and kept on the disk (`fast/trunk.py`). A last block that is read at one position alone is computed
+there alone (`fast/last_position.py`). Each is tried with real rows first, and only what gives the same is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from afina.fast.blocks import Stack, find_stack
+from afina.fast.last_position import narrowed, position_read
+from afina.fast.states import States
+from afina.fast.trunk import Trunk
+from afina.memory.sizes import parse_size, shown_size
+from afina.tasks.task import Batch, Rows, Task
+from afina.training import checkpoints
+from afina.training.batching import sorted_batches
+from afina.training.cache import cache_folder
+from afina.training.engines.engine import Engine
+from afina.training.recipe import TrainingOptions
+
+__all__ = ["fast_path"]
+
+_PROBED = 4  # rows that are tried
+_FILLED = 32  # rows whose states are computed at once
+_CLOSE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of logits, relative to the largest
+
+
+@contextmanager
+def fast_path(
+    model: Any, task: Task, rows: Mapping[str, Rows], options: TrainingOptions, engine: Engine
+) -> Iterator[list[str]]:
+    """Inside the block the model runs as fast as it can without changing what is learned; gives what was found.
+
+    With `frozen_dropout: keep` the blocks below what is trained draw as ever, and nothing is computed once.
+    """
+    notes = list[str]()
+    chance = checkpoints.random_states()
+    train = rows["train"]
+    order = sorted(range(len(train.features)), key=lambda i: train.lengths[i])
+    chosen = [order[i * (len(order) - 1) // max(1, _PROBED - 1)] for i in range(min(_PROBED, len(order)))]
+    probe = _batch(task, train, chosen, engine)
+
+    def call() -> torch.Tensor:
+        model.eval()
+        with engine.autocast():
+            return task.loss_sum(model, probe)
+
+    with ExitStack() as used:
+        if engine.sharded:
+            notes.append(f"every step computes the whole model: {engine.name} keeps it in shards")
+        elif isinstance(stack := find_stack(model, call), str):
+            notes.append(f"every step computes the whole model: {stack}")
+        else:
+            _last(model, task, stack, probe, engine, used, notes)
+            if stack.depth:
+                _first(task, model, stack, rows, options, engine, call, used, notes)
+            else:
+                notes.append("something is trained in or before the first block, so every block is computed in every step")
+        checkpoints.set_random_states(chance)
+        yield notes
+
+
+# --- the first blocks
+
+
+def _first(
+    task: Task, model: Any, stack: Stack, rows: Mapping[str, Rows], options: TrainingOptions, engine: Engine,
+    call: Callable[[], torch.Tensor], used: ExitStack, notes: list[str],
+) -> None:  # fmt: skip
+    """Still the trunk, and keep its states where there is room for them."""
+    frozen = f"the first {stack.depth} of {len(stack.blocks)} blocks are frozen"
+    if options.frozen_dropout == "keep":
+        notes.append(f"{frozen} and computed in every step (training.frozen_dropout=keep)")
+        return
+    tokens = sum(rows["train"].lengths) + sum(rows["validation"].lengths)
+    width = next((p.shape[-1] for p in stack.blocks[0].parameters() if p.dim() == 1), 0)
+    size = tokens * width * 4
+    limit = 0 if options.trunk_cache == "off" else parse_size(options.trunk_cache)
+    place = cache_folder("trunk")
+    if place is None or size > limit:
+        used.enter_context(Trunk(stack, None).used())
+        why = "AFINA_CACHE=off" if place is None else f"training.trunk_cache={options.trunk_cache}"
+        notes.append(f"{frozen}, without dropout, and computed in every step ({why}; {shown_size(size)} would be needed)")
+        return
+    folder = place / _name(stack, engine)
+    _make_room(place, folder, limit - size)
+    trunk = Trunk(stack, States(folder, limit))
+    inside = used.enter_context(ExitStack())
+    inside.enter_context(trunk.used())
+    if not trunk.fits(call):
+        inside.close()
+        used.enter_context(Trunk(stack, None).used())
+        notes.append(f"{frozen}, without dropout, and computed in every step: what was kept of them did not give the same")
+        return
+    known = len(trunk.states.rows) if trunk.states else 0
+    if "pair_ids" not in rows["train"].features[0]:  # a second text is met in the first epoch
+
+        def work(side: Rows, some: list[int]) -> Callable[[], Any]:
+            def run() -> Any:
+                model.eval()
+                with engine.autocast():
+                    return task.loss_sum(model, _batch(task, side, some, engine))
+
+            return run
+
+        trunk.fill(work(side, some) for side in (rows["train"], rows["validation"])
+                   for some in sorted_batches(side.lengths, _FILLED))  # fmt: skip
+    if engine.main and trunk.states is not None:
+        trunk.states.keep()
+    before = " in a run before" if known > _PROBED else ""
+    notes.append(f"{frozen}, without dropout, and computed once a row{before} ({shown_size(size)} on the disk)")
+
+
+def _name(stack: Stack, engine: Engine) -> str:
+    """A hash of all that the states follow from."""
+    config = getattr(stack.owner, "config", None)
+    about = [type(stack.owner).__name__, stack.name, stack.depth, engine.precision, str(engine.device.type), engine.process,
+             version("torch"), version("transformers"), config.to_dict() if config is not None else {}]  # fmt: skip
+    digest = hashlib.blake2b(json.dumps(about, sort_keys=True, default=str).encode(), digest_size=16)
+    for module in (*stack.before, *stack.blocks[: stack.depth]):
+        for name, value in module.state_dict().items():
+            digest.update(name.encode())
+            if isinstance(value, torch.Tensor):
+                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _make_room(place: Path, own: Path, room: int) -> None:
+    """Remove the states of other trunks, the least recently used first, until they take no more than `room` bytes."""
+    if not place.is_dir():
+        return
+    others = [p for p in place.iterdir() if p.is_dir() and p != own]
+    sizes = {p: sum(f.stat().st_size for f in p.iterdir()) for p in others}
+    for old in sorted(others, key=lambda p: p.stat().st_mtime):
+        if sum(sizes.values()) <= room:
+            return
+        shutil.rmtree(old, ignore_errors=True)
+        del sizes[old]
+
+
+# --- the last block
+
+
+def _last(
+    model: Any, task: Task, stack: Stack, probe: Batch, engine: Engine, used: ExitStack, notes: list[str]
+) -> None:
+    """Compute the last block where it is read."""
+    mask = probe["attention_mask"]
+    if len(mask) < 2 or len({int(row.sum()) for row in mask}) < 2 or stack.depth == len(stack.blocks):
+        return
+
+    def logits() -> torch.Tensor:
+        with engine.autocast():
+            return task.logits(model, probe)
+
+    model.eval()
+    try:
+        position = position_read(stack.blocks[-1], mask, lambda: logits().sum())
+    except (TypeError, AttributeError, RuntimeError, NotImplementedError):
+        return  # a task whose answers are no logits
+    if position is None:
+        return
+    expected = logits().detach()
+    try:
+        with narrowed(stack.owner, stack.blocks[-1], position):
+            found = logits().detach()
+        bound = _CLOSE[engine_dtype(engine)] * max(1.0, float(expected.abs().max()))
+        if not float((found - expected).abs().max()) <= bound:
+            raise NotImplementedError("the answers differ")
+    except (RuntimeError, NotImplementedError) as error:
+        notes.append(f"the last block is computed at every position, though one is read ({str(error)[:100]})")
+        return
+    used.enter_context(narrowed(stack.owner, stack.blocks[-1], position))
+    notes.append(f"the last block is computed at the {position} token of each row, where alone it is read")
+
+
+def engine_dtype(engine: Engine) -> torch.dtype:
+    """Of the arithmetic."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(engine.precision, torch.float32)
+
+
+def _batch(task: Task, rows: Rows, chosen: list[int], engine: Engine) -> Batch:
+    return {k: v.to(engine.device) for k, v in task.collate([rows.features[i] for i in chosen]).items()}
