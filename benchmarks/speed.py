@@ -1,0 +1,463 @@
+"""Speed of training: LoRA by afina's loop beside PEFT with transformers' Trainer, and beside full fine-tuning.
+
+    OMP_NUM_THREADS=1 python benchmarks/speed.py --data ../shared/data
+    OMP_NUM_THREADS=1 python benchmarks/speed.py --data ../shared/data --only minilm --rounds 3
+    python benchmarks/speed.py --markdown docs/benchmarks.md      render what was measured last
+    python benchmarks/speed.py --data ../shared/data --all        the other measures of speed as well, one after the other
+
+Four jobs, true architectures on real texts: MiniLM (trained weights) and GPT-2 small on SMS spam, BERT-base on 150 intents,
+T5-small on summaries of one sentence (random weights). Each is trained in four ways on the same rows, batch 16, in one
+process, in turn:
+
+    ours      afina by its defaults: LoRA r=8 on all linear layers, bf16 where the processor has it, like lengths together
+    theirs    PEFT + Trainer by their defaults: LoRA r=8 where PEFT puts it by itself, fp32, rows in random order
+    expert    PEFT + Trainer set as an expert would: LoRA r=8 on the layers of ours, bf16, group_by_length
+    full      every weight trained, by afina's loop, in ours' precision and batches
+
+A sample is one pass over the rows of a job, from the begin of its first step to the end of its last; models, checkpoints and
+evaluations are outside. Operations are those of the matrix products that were done, counted as they are sent to the
+processor; the rate they could be done at is that of the model's own products, forward, at the mean number of tokens of a
+batch, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import gc
+import io
+import json
+import math
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from harness import Timing, about, between_markers, table, write_json
+
+RESULTS = Path(__file__).parent / "results" / "speed.json"
+PACKAGES = ("afina", "peft", "torch", "transformers", "accelerate")
+BATCH = 16
+TARGETS = {"theirs": 5.0, "expert": 1.3, "full": 1.5}  # examples a second of ours over those of each
+OTHERS = ("book", "sweep", "methods", "adapters")  # scripts of the other measures
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model and its rows."""
+
+    title: str
+    task: str
+    rows: int  # that a sample trains on
+    file: str
+    columns: tuple[str, str]
+
+
+JOBS = {
+    "minilm": Job("MiniLM on sms_spam", "sequence_classification", 256, "sms_spam/sms_spam.csv", ("text", "label")),
+    "gpt2": Job("GPT-2 small on sms_spam", "sequence_classification", 96, "sms_spam/sms_spam.csv", ("text", "label")),
+    "bert": Job(
+        "BERT-base on clinc150", "sequence_classification", 192, "clinc150_imbalanced/train.csv", ("text", "label")
+    ),
+    "t5": Job("T5-small on summarisation", "seq2seq", 48, "summarisation/train_flat.jsonl", ("document", "summary")),
+}  # fmt: skip
+
+
+# --- models
+
+
+def model_folder(name: str, data: Path, folder: Path) -> str:
+    """Where the model of a job is loaded from; random weights are written to `folder` first."""
+    import torch
+    import transformers as tf
+
+    if name == "minilm":
+        return name
+    torch.manual_seed(0)
+    if name == "gpt2":
+        tokenizer, model = tf.AutoTokenizer.from_pretrained(data / "tokenizers/gpt2_hf"), tf.GPT2Model(tf.GPT2Config())
+    elif name == "bert":
+        tokenizer, model = tf.AutoTokenizer.from_pretrained(data / "tokenizers/bert_uncased_hf"), tf.BertModel(tf.BertConfig())
+    else:
+        tokenizer = tf.T5Tokenizer(vocab=pieces(data / "tokenizers/t5/spiece.model"))
+        model = tf.T5ForConditionalGeneration(
+            tf.T5Config(d_model=512, d_ff=2048, num_layers=6, num_heads=8, vocab_size=32128, decoder_start_token_id=0)
+        )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def pieces(path: Path) -> list[tuple[str, float]]:
+    """The pieces of a SentencePiece model and their scores, read without its library."""
+    data, found = path.read_bytes(), list[tuple[str, float]]()
+
+    def number(at: int) -> tuple[int, int]:
+        value = shift = 0
+        while True:
+            byte, at = data[at], at + 1
+            value, shift = value | (byte & 127) << shift, shift + 7
+            if byte < 128:
+                return value, at
+
+    at = 0
+    while at < len(data):
+        field, at = number(at)
+        size, at = number(at)
+        end, text, score = at + size, "", 0.0
+        while field == 10 and at < end:  # a piece: its text is field 1, its score field 2, its kind field 3
+            inner, at = number(at)
+            if inner == 10:
+                length, at = number(at)
+                text, at = data[at : at + length].decode(), at + length
+            elif inner == 21:
+                score, at = struct.unpack("<f", data[at : at + 4])[0], at + 4
+            else:
+                _, at = number(at)
+        if field == 10:
+            found.append((text, score))
+        at = end
+    return found
+
+
+def prepared(name: str, data: Path, folder: Path) -> tuple[Any, Any]:
+    """The run of a job as `afina train` makes it, and the rows of a sample."""
+    from afina.tasks.task import Rows
+    from afina.training.recipe import DataOptions, Recipe
+    from afina.training.run import prepare
+
+    job = JOBS[name]
+    task = {"name": job.task} | ({"generate": False} if job.task == "seq2seq" else {})
+    text, label = job.columns
+    recipe = Recipe(model=model_folder(name, data, folder), task=task)
+    recipe.data = DataOptions(file=str(data / job.file), text=text, label=label)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        run = prepare(recipe, folder / "run")
+    rows = run.rows["train"]
+    step = len(rows.features) // job.rows  # rows from everywhere in the file
+    chosen = [rows.features[i * step] for i in range(job.rows)]
+    features = [{**feature, "row": i} for i, feature in enumerate(chosen)]
+    return run, Rows([rows.examples[feature["row"]] for feature in chosen], features)
+
+
+# --- the four ways: each returns a function that trains a sample and gives its seconds, CPU and wall
+
+
+class Stretch:
+    """From the begin of the first step to the end of the last."""
+
+    def __init__(self) -> None:
+        self.first: tuple[float, float] | None = None
+        self.last = (0.0, 0.0)
+
+    def begin(self) -> None:
+        """A step begins."""
+        self.first = self.first or (time.process_time(), time.perf_counter())
+
+    def end(self) -> None:
+        """A step is over."""
+        self.last = (time.process_time(), time.perf_counter())
+
+    def seconds(self) -> tuple[float, float]:
+        """CPU and wall time."""
+        assert self.first is not None
+        return self.last[0] - self.first[0], self.last[1] - self.first[1]
+
+
+Sample = Callable[[], tuple[float, float]]
+
+
+def by_our_loop(run: Any, rows: Any, model: Any, rate: float | None = None) -> Sample:
+    """Training by afina's loop, with what a run puts around it."""
+    import dataclasses
+
+    from afina.tasks.task import Rows
+    from afina.training.fast_path import fast_path
+    from afina.training.loop import fit, make_engine
+
+    options = dataclasses.replace(run.recipe.training, epochs=1, batch_size=BATCH, gradient_accumulation=1)
+    options.learning_rate = rate or options.learning_rate
+    few = Rows(rows.examples[:2], rows.features[:2])
+
+    def sample() -> tuple[float, float]:
+        stretch, engine = Stretch(), make_engine(run.precision)
+        step = engine.loss
+
+        def loss(*args: Any, **kwargs: Any) -> Any:
+            stretch.begin()
+            return step(*args, **kwargs)
+
+        engine.loss = loss  # type: ignore[method-assign]
+
+        def tell(line: dict[str, Any]) -> None:
+            if "gradient_norm" in line:
+                stretch.end()
+
+        sides = {"train": rows, "validation": few}
+        with tempfile.TemporaryDirectory() as folder, fast_path(model, run.task, sides, options, engine):
+            fit(model, run.task, rows, few, options, engine, Path(folder), tell=tell)
+        engine.close()
+        return stretch.seconds()
+
+    return sample
+
+
+def ours(run: Any, rows: Any) -> Sample:
+    """The run as it was prepared."""
+    return by_our_loop(run, rows, run.model)
+
+
+def full(run: Any, rows: Any) -> Sample:
+    """Every weight of a fresh base."""
+    from afina.memory.activations import use_fused_activations
+
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        model = run.task.load_model(run.source.path).requires_grad_(True)
+    use_fused_activations(model)
+    return by_our_loop(run, rows, model, 1e-5)
+
+
+def theirs(run: Any, rows: Any, *, expert: bool = False) -> Sample:
+    """PEFT + Trainer; by their defaults, or as an expert sets them."""
+    import peft
+    import transformers as tf
+
+    seq2seq = run.task.name == "seq2seq"
+    auto = tf.AutoModelForSeq2SeqLM if seq2seq else tf.AutoModelForSequenceClassification
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        base = auto.from_pretrained(run.source.path, **({} if seq2seq else {"num_labels": len(run.task.labels)}))
+    base.config.pad_token_id = run.task.tokenizer.pad_token_id
+    targets = {"target_modules": "all-linear"} if expert else {}
+    config = peft.LoraConfig(r=8, task_type="SEQ_2_SEQ_LM" if seq2seq else "SEQ_CLS", **targets)
+    model = peft.get_peft_model(base, config)
+    key = "labels" if seq2seq else "label"
+    data = [{"input_ids": f["input_ids"], "attention_mask": [1] * len(f["input_ids"]), "labels": f[key]} for f in rows.features]
+    tokenizer = run.task.tokenizer
+    collate = tf.DataCollatorForSeq2Seq(tokenizer, base) if seq2seq else tf.DataCollatorWithPadding(tokenizer)
+    set_well: dict[str, Any] = {"bf16": run.precision == "bf16", "train_sampling_strategy": "group_by_length"} if expert else {}
+
+    def sample() -> tuple[float, float]:
+        stretch = Stretch()
+
+        class Watch(tf.TrainerCallback):  # type: ignore[misc]
+            def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+                stretch.begin()
+
+            def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+                stretch.end()
+
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = tf.TrainingArguments(
+                output_dir=folder, num_train_epochs=1, per_device_train_batch_size=BATCH, save_strategy="no", report_to=[],
+                disable_tqdm=True, use_cpu=True, **set_well,
+            )  # fmt: skip
+            trainer = tf.Trainer(model=model, args=arguments, train_dataset=data, data_collator=collate, callbacks=[Watch()])
+            assert trainer.accelerator.mixed_precision == ("bf16" if arguments.bf16 else "no")
+            with contextlib.redirect_stdout(io.StringIO()):
+                trainer.train()
+        return stretch.seconds()
+
+    sample.targets = sorted(getattr(model.peft_config["default"], "target_modules", []))  # type: ignore[attr-defined]
+    return sample
+
+
+# --- measuring
+
+
+def counted(sample: Sample) -> float:
+    """Operations of the matrix products of a sample."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop, sdpa_flop
+
+    aten = torch.ops.aten
+    forward, backward = (
+        aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_flash_attention_for_cpu_backward
+    )  # fmt: skip
+
+    def attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+        return int(sdpa_flop(query, key, value))
+
+    def attention_backward(g: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+        return int(sdpa_backward_flop(g, query, key, value))
+
+    more = {} if forward in flop_registry else {forward: attention, backward: attention_backward}
+    with FlopCounterMode(display=False, custom_mapping=more) as mode:
+        sample()
+    return float(mode.get_total_flops())
+
+
+def rate(model: Any, tokens: int, dtype: Any) -> float:
+    """Operations a second (of CPU time) of the linear layers of a model, forward, for so many rows."""
+    import torch
+    import torch.nn.functional as F
+
+    shapes = Counter(
+        tuple(m.weight.shape if type(m).__name__ == "Linear" else m.weight.shape[::-1])
+        for m in model.modules()
+        if type(m).__name__ in ("Linear", "Conv1D") and m.weight.numel() > 1 << 16 and m.weight.numel() < 1 << 23
+    )
+    done = seconds = 0.0
+    for (out, n_in), count in shapes.items():
+        x, weight = torch.randn(tokens, n_in, dtype=dtype), torch.randn(out, n_in, dtype=dtype)
+        F.linear(x, weight)
+        calls, start = 0, time.process_time()
+        while time.process_time() - start < 0.15:
+            F.linear(x, weight)
+            calls += 1
+        operations = 2.0 * tokens * out * n_in * count
+        done, seconds = done + operations, seconds + (time.process_time() - start) / calls * count
+    return done / seconds
+
+
+def in_turn(ways: dict[str, Sample], rounds: int) -> dict[str, Timing]:
+    """Samples of all ways, taken in turn, in an order that is reversed every round."""
+    timings = {name: Timing() for name in ways}
+    for number in range(rounds):
+        order = list(ways.items())
+        for name, sample in order if number % 2 else reversed(order):
+            gc.collect()
+            gc.disable()
+            cpu, wall = sample()
+            gc.enable()
+            timings[name].cpu.append(cpu)
+            timings[name].wall.append(wall)
+    return timings
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """No bars, warnings and reports of libraries."""
+    import logging
+    import warnings
+
+    import transformers
+
+    logging.disable(logging.WARNING)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def measure(name: str, data: Path, rounds: int) -> dict[str, Any]:
+    """The row of one job."""
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        run, rows = prepared(name, data, Path(folder))
+        makers = {"ours": ours, "theirs": theirs, "expert": lambda *of: theirs(*of, expert=True), "full": full}
+        ways = {way: make(run, rows) for way, make in makers.items()}
+        operations = {way: counted(sample) for way, sample in ways.items()}
+        timings = in_turn(ways, rounds)
+    tokens = sum(len(f["input_ids"]) for f in rows.features)
+    most = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    rates = {key: rate(run.model, max(1, tokens * BATCH // len(rows.features)), dtype) for key, dtype in most.items()}
+    row: dict[str, Any] = {
+        "job": name, "title": JOBS[name].title, "rows": len(rows.features), "tokens": tokens, "samples": rounds,
+        "gflops_a_second": {key: round(value / 1e9, 1) for key, value in rates.items()},
+        "targets_of_theirs": ways["theirs"].targets, "ways": {},
+    }  # fmt: skip
+    for way, timing in timings.items():
+        precision = "fp32" if way == "theirs" else run.precision
+        cpu, wall = timing.median("cpu"), timing.median("wall")
+        limit = operations[way] / rates[precision]
+        row["ways"][way] = {
+            "precision": precision, "cpu_s": round(cpu, 4), "wall_s": round(wall, 4),
+            "examples_a_second": round(len(rows.features) / wall, 2), "gflops": round(operations[way] / 1e9, 2),
+            "limit_s": round(limit, 4), "of_limit": round(limit / cpu, 3),
+        }  # fmt: skip
+    for way, target in TARGETS.items():
+        other, mine = row["ways"][way], row["ways"]["ours"]
+        other["times_cpu"] = round(other["cpu_s"] / mine["cpu_s"], 2)
+        other["times_wall"] = round(other["wall_s"] / mine["wall_s"], 2)
+        other["met"] = min(other["times_cpu"], other["times_wall"]) >= target
+    return row
+
+
+# --- the page
+
+
+TITLES = {
+    "ours": "afina, LoRA, defaults",
+    "theirs": "PEFT + Trainer, defaults",
+    "expert": "PEFT + Trainer, set by an expert",
+    "full": "afina's loop, every weight",
+}
+
+
+def render(results: dict[str, Any]) -> str:
+    """The Markdown between the markers."""
+    where = results["about"]
+    versions = ", ".join(f"{name} {v}" for name, v in where["versions"].items())
+    parts = [
+        f"Measured on {where['date']}: {where['cpu']}, {where['threads']} thread(s), Python {where['python']}; {versions}. "
+        f"Batch {BATCH}; medians."
+    ]
+    for row in results["rows"].values():
+        lines = []
+        for way, found in row["ways"].items():
+            times = f"{found['times_cpu']:.2f} / {found['times_wall']:.2f}" if way in TARGETS else ""
+            goal = f"{TARGETS[way]:g}, {'met' if found['met'] else 'not met'}" if way in TARGETS else ""
+            lines.append([
+                TITLES[way], found["precision"], f"{found['examples_a_second']:.1f}", times, goal,
+                f"{found['gflops'] / row['rows']:.2f}", f"{row['rows'] / found['limit_s']:.0f}", f"{found['of_limit']:.0%}",
+            ])  # fmt: skip
+        rates = " and ".join(f"{value:,.0f} in {key}" for key, value in row["gflops_a_second"].items())
+        parts.append(
+            f"### {row['title']}\n\n{row['rows']} rows of {row['tokens'] / row['rows']:.0f} tokens; the model's products alone "
+            f"reach {rates} GFLOP/s. PEFT by itself adapts {', '.join(row['targets_of_theirs'])}.\n\n"
+            + table(
+                ["", "", "examples/s", "ours, times (CPU / wall)", "target", "GFLOP a row", "limit, examples/s", "reached"],
+                lines,
+            )
+        )
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    """Measure, or render what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="the folder that holds sms_spam, clinc150_imbalanced, summarisation, tokenizers")
+    parser.add_argument("--only", nargs="+", choices=list(JOBS), default=list(JOBS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--all", action="store_true", help="run the other measures of speed, too")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--markdown", type=Path, help="render the file of results into this document and measure nothing")
+    options = parser.parse_args()
+    if options.markdown:
+        text = options.markdown.read_text(encoding="utf-8")
+        content = render(json.loads(options.output.read_text(encoding="utf-8")))
+        options.markdown.write_text(between_markers(text, "speed", content), encoding="utf-8")
+        return
+    if options.data is None or not options.data.is_dir():
+        parser.error("--data: the folder of real texts (see the beginning of this file)")
+    import torch
+
+    torch.set_num_threads(options.threads)
+    results: dict[str, Any] = {"rows": {}}
+    if options.output.is_file():
+        results = json.loads(options.output.read_text(encoding="utf-8"))
+    results["about"] = about(PACKAGES, options.threads)
+    with silence():
+        for name in options.only:
+            row = results["rows"][name] = measure(name, options.data, options.rounds)
+            write_json(options.output, results)
+            print(json.dumps(row), flush=True)
+    for script in OTHERS if options.all else ():
+        path = Path(__file__).parent / f"{script}.py"
+        if path.is_file():
+            subprocess.run([sys.executable, str(path), "--data", str(options.data)], check=True)
+
+
+if __name__ == "__main__":
+    main()
