@@ -13,7 +13,8 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
@@ -61,6 +62,7 @@ from afina.training.parts import settle_parts
 from afina.training.plan import planner_of
 from afina.training.precision import choose_precision
 from afina.training.recipe import Recipe
+from afina.training.shared import Shared
 from afina.training.trackers import Trackers
 from afina.training.vocabulary import add_tokens, fit_embeddings
 from afina.training.within_limit import Choice, settle
@@ -83,16 +85,18 @@ def prepare(
     resume: bool = False,
     from_step: int | None = None,
     trial: bool = False,
+    shared: Shared | None = None,
 ) -> Run:
     """Check the recipe, read and split the data, load and adapt the model. Nothing is written.
 
     Of several processes of a machine the first one prepares, the others find the encoded rows in the cache (T40).
     `spell` says how an option was typed; `problems` may hold what was found before. A `trial` needs no output folder and
-    cannot be executed.
+    cannot be executed. `shared` is what runs of one process have in common.
     Raises ConfigError with everything wrong in the options, DataError with everything wrong in the file.
     """
     with first_of_the_node():
-        return _prepared(recipe, output, spell, problems or Problems("the recipe"), overwrite, resume, from_step, trial)
+        return _prepared(recipe, output, spell, problems or Problems("the recipe"), overwrite, resume, from_step, trial,
+                         shared or Shared())  # fmt: skip
 
 
 def _prepared(
@@ -104,6 +108,7 @@ def _prepared(
     resume: bool,
     from_step: int | None,
     trial: bool,
+    shared: Shared,
 ) -> Run:
     config = recipe.check(problems, spell)
     kind = find_task(recipe.task["name"]).kind if recipe.task["name"] in tasks() else None
@@ -116,7 +121,7 @@ def _prepared(
                 problems.add(f"{spell(f'data.{role}')} is missing")
     else:
         try:
-            table = read_rows(recipe.data, kind)
+            table = shared.once("rows", recipe.data, lambda: read_rows(recipe.data, kind))
             columns = chosen_columns(table, kind, recipe.data, problems, spell)
         except (DataError, MissingDependencyError) as error:
             problems.add(f"{spell('data.file')}: {error}")
@@ -157,7 +162,9 @@ def _prepared(
     assert kind is not None
     assert source is not None
 
-    done = divided(table, kind, recipe.data, columns=columns, seed=recipe.training.seed)
+    seed = recipe.training.seed
+    rows_are = (recipe.task["name"], recipe.data, columns, seed)
+    done = shared.once("split", rows_are, partial(divided, table, kind, recipe.data, columns=columns, seed=seed))
     table = None  # the cells that no example holds are let go
     splits = {name: [done.examples[i] for i in rows] for name, rows in done.sides.items()}
 
@@ -165,7 +172,8 @@ def _prepared(
     made = find_task(recipe.task["name"])
     options = made.Options(**{k: v for k, v in recipe.task.items() if k != "name"})
     learned = made.learn(splits["train"], [*splits["validation"], *splits["test"]])
-    tokenizer = load_tokenizer(source)
+    named = (source, recipe.task, recipe.data.new_tokens)
+    tokenizer = shared.once("tokenizer", named, lambda: load_tokenizer(source))
     add_tokens(tokenizer, recipe.data.new_tokens)
     task = made(tokenizer, options, learned)
     if done.weights is not None:
@@ -180,9 +188,9 @@ def _prepared(
         planner = planner_of(recipe, task, source, config, splits, "cpu" if device.type == "cpu" else "cuda", precision)
         choice = settle(planner, recipe, spell)
     task.storage = Storage.of(recipe.memory.weights, load_config(source))
-    torch.manual_seed(recipe.training.seed)
+    torch.manual_seed(seed)
     config.base_model_name_or_path = source.public_name
-    base = task.load_model(source.path)
+    base = shared.base(task, source.path, (named, learned, recipe.memory.weights, seed))
     notes = fit_embeddings(base, tokenizer, config, spell("data.new_tokens") if recipe.data.new_tokens else "the tokenizer")
     limit = task.limit(base) - int(getattr(config, "num_virtual_tokens", None) or 0)
     if recipe.training.max_length is not None and recipe.training.max_length > limit:
@@ -200,13 +208,14 @@ def _prepared(
     notes += task.paths(model)
     recipe.resolve_method(model.peft_config["default"])
     everything = [e for examples in splits.values() for e in examples]
-    encoded = encoded_once(task, everything, recipe.training.max_length, limit)
+    about = (named, rows_are, recipe.memory.weights, recipe.training.max_length, limit)
+    encoded = shared.once("encoded", about, lambda: encoded_once(task, everything, recipe.training.max_length, limit))
     recipe.training.max_length = encoded.max_length
     _check_truncation(encoded, len(everything), recipe, spell, limit)
-    rows = _sides(splits, encoded)
+    rows = shared.once("sides", about, lambda: _sides(splits, encoded))
     return Run(
         recipe, output or Path(), source, task, model, rows, done, columns, notes, encoded, precision, overwrite, resume,
-        from_step, choice,
+        from_step, choice, shared, about,
     )  # fmt: skip
 
 
@@ -239,6 +248,8 @@ class Run:
     resume: bool = False
     from_step: int | None = None
     choice: Choice | None = None  # of settings that fit into memory.limit
+    shared: Shared = field(default_factory=Shared)
+    about: Any = None  # what rows and base follow from
 
     def classes(self, split: str) -> dict[str, int]:
         """Rows of each class on one side of the split."""
@@ -252,10 +263,12 @@ class Run:
         middle = rows.features[order[len(order) // 2]]
         return rows.examples[middle["row"]], *self.task.rendered(middle)
 
-    def execute(self, tell: Callable[[dict[str, Any]], None] = lambda line: None) -> dict[str, Any]:
-        """Train, test, save, read back; returns what `metrics.json` holds."""
+    def execute(
+        self, tell: Callable[[dict[str, Any]], None] = lambda line: None, engine: Engine | None = None
+    ) -> dict[str, Any]:
+        """Train, test, save, read back; returns what `metrics.json` holds. `engine`: one that is there already."""
         asked = self.recipe.distributed
-        engine = make_engine(self.precision, asked.engine, offload=asked.offload)
+        engine = engine or make_engine(self.precision, asked.engine, offload=asked.offload)
         with told_of_lost_processes(engine), closing(engine):
             return self._executed(engine, tell)
 
@@ -292,13 +305,11 @@ class Run:
             fitted.notes[:0] = notes
             self._settle(engine)
             test = self.rows["test"]
-            answers = predict(self.model, self.task, test, options.read_at_once, engine, exact=True, final=True)
+            with self.shared.reading(self, engine):
+                answers = predict(self.model, self.task, test, options.read_at_once, engine, exact=True, final=True)
             metrics = self._metrics(fitted, answers, counts)
             if self.task.untuned:
-                with self.model.disable_adapter():
-                    size = options.read_at_once
-                    before = predict(self.model, self.task, test, size, engine, exact=True, final=True)
-                figures = self.task.metrics(before, test.examples)
+                figures = self.shared.once("untuned", self.about, lambda: self._untuned(engine))
                 metrics["baselines"]["untuned"] = {"title": "the base, not tuned", **figures}
             trackers.tested(metrics["test"])
         with engine.whole():
@@ -313,6 +324,13 @@ class Run:
             write_card(self.output)
         engine.wait()
         return metrics
+
+    def _untuned(self, engine: Engine) -> dict[str, Any]:
+        """Figures of the base."""
+        test, size = self.rows["test"], self.recipe.training.read_at_once
+        with self.model.disable_adapter():
+            answers = predict(self.model, self.task, test, size, engine, exact=True, final=True)
+        return self.task.metrics(answers, test.examples)
 
     def _settle(self, engine: Engine) -> None:
         """Let the task choose on the validation rows what it is asked to choose there."""
@@ -364,6 +382,9 @@ class Run:
             rows.append([example.line, *(example.row[role] for role in self.columns), *(known[k] for k in titles)])
         write_csv(self.output / PREDICTIONS, ["line", *self.columns.values(), *titles], rows)
 
+    def _baselines(self) -> dict[str, dict[str, Any]]:
+        return self.task.baselines(self.rows["train"], self.rows["test"])
+
     def _metrics(self, fitted: Fitted, answers: Sequence[Any], counts: tuple[int, int]) -> dict[str, Any]:
         trainable, total = counts
         return {
@@ -371,7 +392,7 @@ class Run:
             "figures": {key: asdict(figure) for key, figure in self.task.figures.items()},
             "test": self.task.metrics(answers, self.rows["test"].examples),
             "validation": fitted.validation,
-            "baselines": self.task.baselines(self.rows["train"], self.rows["test"]),
+            "baselines": {**self.shared.once("baselines", self.about, self._baselines)},
             "train": {
                 "seconds": round(fitted.seconds, 2),
                 "steps": fitted.steps,
