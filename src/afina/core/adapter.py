@@ -83,7 +83,12 @@ class Base:
 
     def product(self) -> Weights | None:
         """Weight and bias where calling the base is no more than multiplying by them; see `LayerView.product`."""
-        return self.view.product() if self.below is None and self.call is self.view.layer else None
+        return self.view.product() if self.is_layer else None
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether this is the layer itself, and neither a stack nor a layer whose output is known already."""
+        return self.below is None and self.call is self.view.layer
 
     def weights(self) -> Weights:
         """Canonical weight and bias of the layer with every adapter below merged."""
@@ -302,10 +307,11 @@ class Replacement(Adapter):
                 self.bias.copy_(self.view.bias())
 
     def forward(self, x: torch.Tensor, base: Base) -> torch.Tensor:
-        dtype = x.dtype if x.dtype.is_floating_point else self.view.dtype
-        bias = self._parameters.get("bias")
-        base.dtype = dtype
-        return self.view.apply(x, self.weight.to(dtype), None if bias is None else bias.to(dtype))
+        held, view = self._parameters, self.view
+        weight: Any = held["weight"]
+        bias = held.get("bias")
+        dtype = x.dtype if view.kind in ("linear", "conv") else view.dtype  # other layers say themselves what they return
+        return view.apply(x, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     def merge_into(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Weights:
         own = self._parameters.get("bias")

@@ -15,7 +15,9 @@ The only isinstance checks on layer types in the library are in this file and in
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -89,13 +91,10 @@ class LayerView:
     def product(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """Canonical weight and bias where calling the layer is no more than `F.linear` with them: plain, frozen and whole
         parameters, no hooks, no forward put in the place of its own. None where it may be more."""
-        layer = self.layer
-        own = layer.__dict__
-        if not self._is_plain or "forward" in own or _has_any_global_hook():
+        if not self._is_plain or not self.bare:
             return None
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-            return None
-        weight, bias = own["_parameters"]["weight"], own["_parameters"]["bias"]
+        held = self.layer._parameters
+        weight, bias = held["weight"], held["bias"]
         if type(weight) is not nn.Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
             return None
         return weight, bias
@@ -104,6 +103,30 @@ class LayerView:
     def _is_plain(self) -> bool:
         """Whether the layer's class computes a product and nothing else."""
         return type(self.layer) is nn.Linear
+
+    @property
+    def bare(self) -> bool:
+        """Whether calling the layer is no more than its class's forward: no hooks, no forward put in place of its own."""
+        own = self.layer.__dict__
+        hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+        return not (hooked or "forward" in own or _has_any_global_hook())
+
+    @property
+    def holds_floats(self) -> bool:
+        """Whether the weight is stored as a plain and whole tensor of floating-point numbers."""
+        weight = self.layer._parameters.get("weight")
+        return type(weight) is nn.Parameter and weight.dtype.is_floating_point
+
+    def holding(self, **parameters: torch.Tensor) -> Callable[..., Any]:
+        """The layer as a function, with these tensors in the place of its own parameters."""
+        layer = self.layer
+        if torch.compiler.is_compiling() or not self.bare:
+            return functools.partial(_call_holding, layer, parameters)
+        twin = object.__new__(type(layer))  # a tenth of what functional_call takes; buffers and mode are the layer's
+        own = twin.__dict__
+        own.update(layer.__dict__)
+        own["_parameters"] = layer._parameters | parameters
+        return twin.forward
 
     def prepare(self) -> None:
         """Make the layer ready to be adapted."""
@@ -249,8 +272,12 @@ class NormView(LayerView):
         return (self.out_features,)
 
     def apply(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        held = {"weight": weight} | ({} if bias is None else {"bias": bias})
-        return torch.func.functional_call(self.layer, held, (x,))
+        layer: Any = self.layer
+        if type(layer) is nn.LayerNorm and self.bare:
+            return F.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
+        if type(layer) is nn.RMSNorm and self.bare:
+            return F.rms_norm(x, layer.normalized_shape, weight, layer.eps)
+        return self.holding(weight=weight)(x) if bias is None else self.holding(weight=weight, bias=bias)(x)
 
     def per_feature(self, vector: torch.Tensor, activation: torch.Tensor) -> torch.Tensor:
         if isinstance(self.layer, nn.GroupNorm | nn.modules.batchnorm._NormBase):  # channels come second
@@ -305,6 +332,10 @@ class ParameterView(LayerView):
     @property
     def stored(self) -> torch.Tensor | None:
         return self.weight()
+
+
+def _call_holding(layer: nn.Module, parameters: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+    return torch.func.functional_call(layer, parameters, args, kwargs)
 
 
 class ModuleView(LayerView):

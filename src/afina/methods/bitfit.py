@@ -1,6 +1,7 @@
-"""BitFit: train the biases alone. y = base(x) + (b' - b).
+"""BitFit: train the biases alone. y = base(x) + (b' - b), which a plain layer computes by itself when it holds b'.
 
-Ben Zaken et al. 2021, https://arxiv.org/abs/2106.10199. Cost: one addition a layer; kept for backward: nothing.
+Ben Zaken et al. 2021, https://arxiv.org/abs/2106.10199. Cost: none on plain layers, else one addition; kept for
+backward: nothing.
 The trained bias is the adapter's own, so that switching the adapter off gives back the base exactly.
 """
 
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from afina.core.adapter import Adapter, Base, Placement, Weights
+from afina.core.adapter import Adapter, Base, Placement, Weights, cast
 from afina.core.config import TargetedConfig
 from afina.core.layers import view_of
 from afina.core.registry import register
@@ -32,7 +33,7 @@ class BitFitConfig(TargetedConfig):
     "bitfit",
     config=BitFitConfig,
     trains="every bias",
-    cost="1 addition a layer; none when merged",
+    cost="none, or 1 addition a quantised layer; none when merged",
     paper="https://arxiv.org/abs/2106.10199",
 )
 class Bias(Adapter):
@@ -49,8 +50,12 @@ class Bias(Adapter):
         self.bias.copy_(self.view.bias())
 
     def forward(self, x: torch.Tensor, base: Base) -> torch.Tensor:
+        view, bias = self.view, self._parameters["bias"]
+        if base.is_layer and view.holds_floats and view.before_merge is None:  # then it can compute with the trained bias
+            own: Any = view.bias()
+            return view.holding(bias=cast(bias, own))(x, *base.args, **base.kwargs)  # type: ignore[arg-type]
         y = base(x)
-        return y + self.view.per_feature(self.change().to(y.dtype), y)
+        return y + view.per_feature(self.change().to(y.dtype), y)
 
     def change(self) -> torch.Tensor:
         """What the trained bias adds to the layer's own."""
