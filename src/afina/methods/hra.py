@@ -1,7 +1,9 @@
 """HRA: rotate the input by a chain of r Householder reflections. y = base(x R), R = H_r ... H_1, H = I - 2 u u.T / |u|^2.
 
-Yuan et al. 2024, https://arxiv.org/abs/2405.17484. Cost: 2 r products of the width a row; kept for backward: x and the
-r reflected inputs. It starts as the base when the vectors come in equal pairs, whose reflections cancel; r is even then.
+Yuan et al. 2024, https://arxiv.org/abs/2405.17484. The chain is one product of rank r (the compact form of Schreiber and
+Van Loan 1989, https://doi.org/10.1137/0910005): with unit vectors V, R = I - V M^-1 V.T, where M is the part of V.T V below
+the diagonal and 1/2 on it. Cost: two thin products a layer; kept for backward: x and the r values of x V. It starts as the
+base when the vectors come in equal pairs, whose reflections cancel; r is even then.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ class HRAConfig(TargetedConfig):
     "hra",
     config=HRAConfig,
     trains="r reflections of each layer's input",
-    cost="2 r products of the width a row; none when merged",
+    cost="2 thin products a layer; none when merged",
     paper="https://arxiv.org/abs/2405.17484",
 )
 class HRA(Rotation):
@@ -60,12 +62,23 @@ class HRA(Rotation):
             torch.nn.init.kaiming_uniform_(self.hra_u, a=5**0.5)
 
     def values_kept(self, rows: int) -> int:
-        return rows * (self.hra_u.shape[1] + 1) * (self.view.in_features + 2) + 4 * self.hra_u.numel()
+        r = self.hra_u.shape[1]
+        return rows * (self.view.in_features + r) + 6 * self.hra_u.numel() + 4 * r * r
 
     def rotate(self, x: torch.Tensor, *, transposed: bool = False) -> torch.Tensor:
-        vectors = torch.nn.functional.normalize(self.hra_u, dim=0)
-        columns = range(vectors.shape[1])
-        for i in columns if transposed else reversed(columns):
-            u = cast(vectors[:, i], x)
-            x = x - 2 * (x @ u).unsqueeze(-1) * u
-        return x
+        across, back = self.factors(transposed)
+        if x.dim() < 2:
+            return x - x @ cast(across, x) @ cast(back, x)
+        rows = x.flatten(0, -2)
+        return torch.addmm(rows, rows @ cast(across, x), cast(back, x), alpha=-1).view(x.shape)
+
+    def factors(self, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """V `[in, r]` and S `[r, in]` with R = I - V S, or R.T; in full precision, since R is to be orthogonal."""
+        with torch.autocast(self.hra_u.device.type, enabled=False):
+            v = torch.nn.functional.normalize(self.hra_u, dim=0)
+            turned = v.T
+            halves = torch.eye(v.shape[1], dtype=v.dtype, device=v.device).mul_(0.5)
+            inner = (turned @ v).tril(-1) + halves
+            if transposed:
+                return v, torch.linalg.solve_triangular(inner.T, turned, upper=True)
+            return v, torch.linalg.solve_triangular(inner, turned, upper=False)
