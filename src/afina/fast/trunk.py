@@ -59,6 +59,11 @@ class Trunk:
         ]
         for i, block in enumerate(self.frozen):
             block.forward = self._around(block.forward, last=i == self.stack.depth - 1)  # type: ignore[method-assign]
+        still = (*self.stack.before, *self.frozen)
+        before = [module.training for module in still]
+        for module in still:  # going through thousands of modules to set them back and forth is most of a small step
+            module.eval()
+            module.train = _stays(module)  # type: ignore[method-assign]
         try:
             yield
         finally:
@@ -66,6 +71,9 @@ class Trunk:
                 hook.remove()
             for block in self.frozen:
                 del block.forward
+            for module, training in zip(still, before, strict=True):
+                del module.train
+                module.train(training)
 
     def fits(self, call: Callable[[], torch.Tensor]) -> bool:
         """Whether passing over gives what computing gives, for `call`, which runs the model on real rows in evaluation;
@@ -95,9 +103,6 @@ class Trunk:
         self._training = [module for module in self.stack.around if module.training]
         for module in self._training:  # chance in their own forward, before the blocks and between them
             module.training = False
-        for module in (*self.stack.before, *self.frozen):
-            if module.training:
-                module.eval()
         given = inspect.signature(owner.forward).bind_partial(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
         tensors = {k: v for k, v in given.items() if isinstance(v, torch.Tensor) and k not in _OF_THE_OUTPUT}
@@ -167,6 +172,11 @@ class Trunk:
         made = torch.zeros(*hidden.shape[:2], self.states.width, dtype=self.states.dtype, device=hidden.device)
         made[self._mask] = torch.cat(rows).to(hidden.device)
         return made
+
+
+def _stays(module: nn.Module) -> Callable[..., nn.Module]:
+    """A `train` that leaves the module in evaluation."""
+    return lambda mode=True: module
 
 
 def _digest(rows: dict[str, torch.Tensor], mask: torch.Tensor | None, i: int) -> str:

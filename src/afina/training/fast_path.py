@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +33,7 @@ from afina.training.recipe import TrainingOptions
 __all__ = ["fast_path"]
 
 _PROBED = 4  # rows that are tried
-_FILLED = 32  # rows whose states are computed at once
+_FILLED = 4096  # tokens whose states are computed at once
 _CLOSE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of logits, relative to the largest
 
 
@@ -116,11 +116,22 @@ def _first(
             return run
 
         trunk.fill(work(side, some) for side in (rows["train"], rows["validation"])
-                   for some in sorted_batches(side.lengths, _FILLED))  # fmt: skip
+                   for some in _filled(side.lengths))  # fmt: skip
     if engine.main and trunk.states is not None:
         trunk.states.keep()
     before = " in a run before" if known > _PROBED else ""
     notes.append(f"{frozen}, without dropout, and computed once a row{before} ({shown_size(size)} on the disk)")
+
+
+def _filled(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Rows of like length, together about as many tokens as are computed at once."""
+    some: list[int] = []
+    for (row,) in sorted_batches(lengths, 1):
+        if some and lengths[some[0]] * (len(some) + 1) > _FILLED:
+            yield some
+            some = []
+        some.append(row)
+    yield some
 
 
 def _name(stack: Stack, engine: Engine) -> str:
