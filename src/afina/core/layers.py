@@ -227,7 +227,9 @@ class ConvView(LayerView):
         return convolve(x, self.unflatten(weight), bias, conv.stride, padding, conv.dilation, conv.groups)
 
     def project(self, x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-        return self.apply(x, down.repeat(self.layer.groups, 1))  # each group of channels gets its own r outputs
+        if (groups := self.layer.groups) > 1:
+            down = down.repeat(groups, 1)  # each group of channels gets its own r outputs
+        return self.apply(x, down)
 
     def expand(self, z: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return _CONVOLUTIONS[self.dims](z, up.reshape(*up.shape, *[1] * self.dims), groups=self.layer.groups)

@@ -2,8 +2,8 @@
 
 Liu et al. 2024, https://arxiv.org/abs/2402.09353. Cost over LoRA: one norm of the whole weight a layer and step; the norm
 is a constant in backward (section 4.3 of the paper), so nothing weight-sized is kept. The activation form needs one call
-of the base: y = (m / norm) * (base(x) - b + delta(x)) + b. For an embedding the norm is taken per dimension over all rows.
-Dropout acts on the input of the low-rank product, as in LoRA.
+of the base: y = f (base(x) + delta(x)) + b - f b with f = m / norm, two passes over the output. For an
+embedding the norm is taken per dimension over all rows. Dropout acts on the input of the low-rank product, as in LoRA.
 """
 
 from __future__ import annotations
@@ -42,21 +42,25 @@ class DoRA(LoRA):
 
     def _norm(self, weight: torch.Tensor) -> torch.Tensor:
         """Norm of each row of W + s B A `[out]`, in the adapter's dtype, without gradient."""
-        with torch.no_grad():
-            return (weight.to(self.dtype) + LoRA.delta_weight(self)).norm(dim=1)
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            weight, up, down = weight.to(self.dtype), self.lora_B.flatten(1), self.lora_A.flatten(1)
+            if weight.is_contiguous():
+                return torch.addmm(weight, up, down, alpha=self.scaling).norm(dim=1)
+            changed = torch.addmm(weight.T, down.T, up.T, alpha=self.scaling)  # as it lies in memory
+            return changed.square_().sum(0).sqrt_()
 
     def forward(self, x: torch.Tensor, base: Base) -> torch.Tensor:
-        y = base(x)
+        y = self.add_to(base(x), x)
         weight, bias = base.weights()  # after the layer has computed: ZeRO-3 takes them away when it has
-        factor = self.magnitude.flatten() / self._norm(weight)
-        factor = self.view.per_feature(cast(factor, y), y)
+        factor = cast(self.magnitude.flatten() / self._norm(weight), y)
         if bias is None:
-            return factor * (y + self.delta(x).to(y.dtype))
-        bias = self.view.per_feature(cast(bias, y), y)
-        return factor * (y - bias + self.delta(x).to(y.dtype)) + bias
+            return y * self.view.per_feature(factor, y)
+        bias = cast(bias, y)
+        rest = bias - factor * bias  # the bias is not scaled
+        return torch.addcmul(self.view.per_feature(rest, y), y, self.view.per_feature(factor, y))
 
     def values_kept(self, rows: int) -> int:
-        return rows * (self.view.in_features + self.r + 2 * self.view.out_features)
+        return rows * (self.view.in_features + self.r + self.view.out_features) + 3 * self.view.out_features
 
     def merge_into(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Weights:
         factor = self.magnitude.flatten() / self._norm(weight)
