@@ -133,7 +133,7 @@ class PeftModel(AdapterFolders):
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's `generate` under the active adapters, or with one adapter a row, also with beams."""
-        self.adapters.set_rows(self._checked_rows(adapter_names, args, kwargs))
+        self.adapters.set_rows(self._checked_rows(adapter_names, args, kwargs), steady=True)
         try:
             return self.base_model.model.generate(*args, **kwargs)  # type: ignore[operator]
         finally:

@@ -14,6 +14,7 @@ from torch import nn
 
 from afina.core.adapter import Adapter, Base, Chain, SavedModule
 from afina.core.layers import LayerView, ParameterView, view_of
+from afina.core.mixed import forward_together
 from afina.core.runtime import Rows, Runtime
 from afina.errors import MergeError
 
@@ -110,28 +111,32 @@ class AdaptedLayer(nn.Module):
         return (args[0] if args else None), Base(self.view, layer, args[1:], kwargs)
 
     def _forward_rows(self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A batch whose rows use different adapters: each group of rows goes its own way."""
-        groups = [name for name in rows.groups if name in self.adapters]
-        if not groups:
+        """A batch whose rows use different adapters: all at once where they allow it, else one adapter after the other."""
+        held: Any = self.adapters._modules
+        if not any(name in held for name in rows.distinct):
             return self.base_layer(*args, **kwargs)
         x, whole = self._split(args, kwargs)
-        if x.shape[0] % len(rows.names):
+        size = x.shape[0]
+        if size % len(rows.names):
             raise MergeError(
                 f"adapter_names names {len(rows.names)} rows, but a {type(self.base_layer).__name__} was given a leading "
-                f"dimension of {x.shape[0]}: this layer does not see whole rows, so a mixed batch is not possible"
+                f"dimension of {size}: this layer does not see whole rows, so a mixed batch is not possible"
             )
+        y = forward_together(held, rows, x, whole)
+        if y is not None:
+            return y if whole.dtype is None or y.dtype == whole.dtype else y.to(whole.dtype)
         y = whole(x)
-        size = x.shape[0]
-        parts: list[tuple[torch.Tensor, Any]] = []
-        for name in groups:
+        parts = []
+        for name in rows.distinct:
             index = rows.index(name, size, x.device)
-            some_args, some_kwargs = _take((whole.args, whole.kwargs), index, size)
-            base = Base(self.view, _Known(_take(y, index, size), self.base_layer), some_args, some_kwargs)
-            adapter: Any = self.adapters[name]
-            some_x = x[index]
-            base.call.x = some_x  # type: ignore[attr-defined]
-            parts.append((index, adapter.forward(some_x, base)))
-        return _put(y, parts)
+            part = _take(y, index, size)
+            if name in held:
+                some_args, some_kwargs = _take((whole.args, whole.kwargs), index, size)
+                some_x = x[index]
+                base = Base(self.view, _Known(some_x, part, self.base_layer), some_args, some_kwargs)
+                part = held[name].forward(some_x, base)
+            parts.append(part)
+        return _put(y, parts, None if rows.sorted else rows.back(size, x.device), size)
 
     # --- merging
 
@@ -190,15 +195,14 @@ def _first_argument(layer: type[nn.Module]) -> str:
 class _Known:
     """The layer, whose output for one `x` is known already."""
 
-    def __init__(self, y: Any, layer: nn.Module):
-        self.y, self.layer = y, layer
-        self.x: Any = None
+    def __init__(self, x: Any, y: Any, layer: nn.Module):
+        self.x, self.y, self.layer = x, y, layer
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         return self.y if x is self.x else self.layer(x, *args, **kwargs)
 
 
-def _take(value: Any, index: torch.Tensor, size: int) -> Any:
+def _take(value: Any, index: torch.Tensor | slice, size: int) -> Any:
     """The rows `index` of every tensor whose leading dimension is the batch."""
     if isinstance(value, torch.Tensor):
         return value[index] if value.dim() and value.shape[0] == size else value
@@ -214,15 +218,19 @@ def _take(value: Any, index: torch.Tensor, size: int) -> Any:
     )
 
 
-def _put(y: Any, parts: list[tuple[torch.Tensor, Any]]) -> Any:
-    """`y` with some rows replaced; rows of no adapter stay. Heads of different sizes are filled up with zeros."""
-    if isinstance(y, torch.Tensor):
-        widest = max(t.shape[-1] for t in (y, *(rows for _, rows in parts))) if y.dim() else 0
-        y = _widened(y, widest) if y.dim() and y.shape[-1] < widest else y.clone()
-        for index, rows in parts:
-            y[index] = (_widened(rows, widest) if y.dim() and rows.shape[-1] < widest else rows).to(y.dtype)
-        return y
-    return type(y)(_put(v, [(index, rows[i]) for index, rows in parts]) for i, v in enumerate(y))
+def _put(y: Any, parts: list[Any], back: torch.Tensor | None, size: int) -> Any:
+    """The outputs of all adapters as one, in the form of the layer's, the rows moved to the places `back`. Heads of
+    different sizes are filled up with zeros."""
+    if y is None:
+        return None
+    if not isinstance(y, torch.Tensor):
+        return type(y)(_put(v, [part[i] for part in parts], back, size) for i, v in enumerate(y))
+    if not y.dim() or len(y) != size:
+        raise MergeError(f"a mixed batch cannot put together an output of shape {[*y.shape]} for {size} rows")
+    widest = max(part.shape[-1] for part in parts) if y.dim() > 1 else 0
+    parts = [_widened(part, widest) if y.dim() > 1 and part.shape[-1] < widest else part for part in parts]
+    made = torch.cat([part.to(y.dtype) for part in parts])
+    return made if back is None else made[back]
 
 
 def _widened(y: torch.Tensor, width: int) -> torch.Tensor:

@@ -242,8 +242,9 @@ class AdapterSet:
             if merged:
                 self.merge([name for name in merged if name in self.configs])
 
-    def set_rows(self, names: Sequence[str] | None) -> None:
-        """Say which adapter each row of the coming batches uses; None: all rows use the active ones."""
+    def set_rows(self, names: Sequence[str] | None, *, steady: bool = False) -> None:
+        """Say which adapter each row of the coming batches uses; None: all rows use the active ones. `steady` promises that
+        no adapter changes while these rows are set, which is faster where many short passes are made without gradients."""
         if names is None:
             if self.runtime.state.rows is not None:
                 self.runtime.set(rows=None)
@@ -259,7 +260,7 @@ class AdapterSet:
                 f"adapter_names: {shortened(fused or experts)} see tokens sorted by expert, not rows of the batch, so "
                 "rows cannot use different adapters there"
             )
-        self.runtime.set(rows=Rows(names))
+        self.runtime.set(rows=Rows(names, steady=steady))
 
     def remember_state(self) -> None:
         """Make checkpointed blocks run again under the state they were first run with."""

@@ -8,6 +8,8 @@ a block was first run with and restores it for the second run.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,26 +23,55 @@ BASE_ROW = "__base__"  # PEFT's name for "this row of the batch uses no adapter"
 
 
 class Rows:
-    """Which adapter each row of a batch uses.
+    """Which adapter each row of a batch uses; worked out once, read by every layer.
 
     A layer may see every row several times in a run (beams, tokens flattened into rows); consecutive copies belong
-    together, as `repeat_interleave` makes them.
+    together, as `repeat_interleave` makes them. `distinct` are the adapters by their first row, BASE_ROW among them.
+    The batch is divided into `units` of equally many consecutive rows, each of one adapter and as long as the order of
+    the rows allows; `places` gives the adapter of each as a number in `distinct`.
+
+    `steady` is a promise that no adapter changes while these rows are in use, as within one call of `generate`: layers may
+    then keep in `kept` what they worked out of the adapters, where no gradients are taken.
     """
 
-    def __init__(self, names: Sequence[str]):
+    def __init__(self, names: Sequence[str], *, steady: bool = False):
         self.names = tuple(names)
+        self.kept: dict[Any, Any] | None = {} if steady else None
         places: dict[str, list[int]] = {}
         for row, name in enumerate(self.names):
             places.setdefault(name, []).append(row)
         self.groups = {name: torch.tensor(rows) for name, rows in places.items()}
+        self.distinct = tuple(places)
+        runs = [len([*run]) for _, run in itertools.groupby(self.names)]
+        length = math.gcd(*runs) or 1
+        number = {name: i for i, name in enumerate(self.distinct)}
+        self.places = tuple(number[name] for name in self.names[::length])
+        self.units = len(self.places)
+        self.whole = self.units == len(self.distinct)  # a unit an adapter, in order
+        self.sorted = len(runs) == len(self.distinct)
 
-    def index(self, name: str, size: int, device: torch.device) -> torch.Tensor:
-        """Positions (int64, on `device`) of the rows of adapter `name` in a leading dimension of `size`."""
+    def index(self, name: str, size: int, device: torch.device) -> torch.Tensor | slice:
+        """Where the rows of adapter `name` are in a leading dimension of `size`: a slice where they follow one another,
+        else their positions (int64, on `device`)."""
         copies = size // len(self.names)
-        rows = self.groups[name].to(device, non_blocking=True)
+        rows = self.groups[name]
+        if self.sorted:
+            start = int(rows[0]) * copies
+            return slice(start, start + len(rows) * copies)
+        rows = rows.to(device, non_blocking=True)
         if copies == 1:
             return rows
         return (rows[:, None] * copies + torch.arange(copies, device=device)).flatten()
+
+    def back(self, size: int, device: torch.device) -> torch.Tensor:
+        """Where each row is once rows lie adapter by adapter, as `distinct` has them (int64, on `device`)."""
+        copies = size // len(self.names)
+        order = [row * copies + i for rows in self.groups.values() for row in rows.tolist() for i in range(copies)]
+        return torch.tensor(order, device=device).argsort()
+
+    def adapter_of(self, parts: int, device: torch.device) -> torch.Tensor:
+        """The adapter of each of `parts` equal parts of the batch, as a number in `distinct` (int64, on `device`)."""
+        return torch.tensor(self.places, device=device).repeat_interleave(parts // self.units)
 
 
 @dataclass(frozen=True, slots=True)

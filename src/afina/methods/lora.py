@@ -25,6 +25,7 @@ from afina.core.adapter import Adapter, Base, Delta, Placement, cast, drop
 from afina.core.config import TargetedConfig, option
 from afina.core.layers import view_of
 from afina.core.lowrank import fused_dtype, low_rank_linear
+from afina.core.mixed import Factored, Factors
 from afina.core.registry import register
 from afina.core.targets import ModuleMap, matches_any
 from afina.core.ties import tied_names
@@ -127,7 +128,7 @@ class LoraConfig(TargetedConfig):
     cost="2 thin products a layer; none when merged",
     paper="https://arxiv.org/abs/2106.09685",
 )
-class LoRA(Delta):
+class LoRA(Factored, Delta):
     kinds = frozenset({"linear", "conv", "embedding", "parameter"})
     checkpoint_keys: dict[str, str] = {
         "lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": "lora_B.bias",
@@ -217,6 +218,12 @@ class LoRA(Delta):
         down: Any = factors["lora_A"]
         up: Any = factors["lora_B"]
         return low_rank_linear(x, *product, down, up, self.scaling, self.p if self.training else 0.0, dtype)
+
+    def factors(self) -> Factors | None:
+        own = self._parameters
+        if self.view.kind != "linear" or type(self).forward is not LoRA.forward or not self._is_product:
+            return None
+        return Factors(own["lora_A"], own["lora_B"], self.scaling, self.p if self.training else 0.0)  # type: ignore[arg-type]
 
     @cached_property
     def _is_product(self) -> bool:
