@@ -2,7 +2,8 @@
 
 Two things are looked for. Blocks in and before which nothing is trained give the same hidden states in every epoch: they
 are computed once a row and kept on the disk (`fast/trunk.py`). A last block that is read at one position alone is computed
-there alone (`fast/last_position.py`). Each is tried with real rows first, and only what gives the same is used.
+there alone (`fast/last_position.py`). Each is tried with real rows first, and only what gives the same is used. Attention in
+bfloat16 on a CPU goes back by plain products (`fast/attention.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+from afina.fast.attention import short_attention
 from afina.fast.blocks import Stack, find_stack
 from afina.fast.last_position import narrowed, position_read
 from afina.fast.states import States
@@ -33,7 +35,7 @@ from afina.training.recipe import TrainingOptions
 __all__ = ["fast_path"]
 
 _PROBED = 4  # rows that are tried
-_FILLED = 4096  # tokens whose states are computed at once
+_FILLED = 4096  # tokens whose states are computed at once, where reading takes as many
 _CLOSE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of logits, relative to the largest
 
 
@@ -68,8 +70,17 @@ def fast_path(
                 _first(task, model, stack, rows, options, engine, call, used, notes)
             else:
                 notes.append("something is trained in or before the first block, so every block is computed in every step")
+        products = used.enter_context(short_attention()) if _is_narrow(engine) else None
         checkpoints.set_random_states(chance)
         yield notes
+        if products is not None and products.asked:
+            share = f"in {products.used} of {products.asked} passes through an attention"
+            notes.append(f"{share} plain products stood in for torch's kernel, which is slower in bf16 on a CPU")
+
+
+def _is_narrow(engine: Engine) -> bool:
+    """Whether the arithmetic is that of a CPU in bfloat16."""
+    return engine.device.type == "cpu" and engine_dtype(engine) == torch.bfloat16
 
 
 # --- the first blocks
@@ -116,18 +127,18 @@ def _first(
             return run
 
         trunk.fill(work(side, some) for side in (rows["train"], rows["validation"])
-                   for some in _filled(side.lengths))  # fmt: skip
+                   for some in _filled(side.lengths, options.read_at_once))  # fmt: skip
     if engine.main and trunk.states is not None:
         trunk.states.keep()
     before = " in a run before" if known > _PROBED else ""
     notes.append(f"{frozen}, without dropout, and computed once a row{before} ({shown_size(size)} on the disk)")
 
 
-def _filled(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Rows of like length, together about as many tokens as are computed at once."""
-    some: list[int] = []
+def _filled(lengths: Sequence[int], rows: int) -> Iterator[list[int]]:
+    """Rows of like length, together no more tokens than `rows` of the longest, which is what memory was planned for."""
+    some, room = list[int](), min(_FILLED, rows * max(lengths))
     for (row,) in sorted_batches(lengths, 1):
-        if some and lengths[some[0]] * (len(some) + 1) > _FILLED:
+        if some and lengths[some[0]] * (len(some) + 1) > room:
             yield some
             some = []
         some.append(row)

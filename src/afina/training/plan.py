@@ -12,6 +12,7 @@ import copy
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -29,6 +30,7 @@ from afina.data.divide import divided as divide_rows
 from afina.data.example import Example
 from afina.data.sources import read_rows
 from afina.errors import ConfigError, Problems
+from afina.fast.attention import short_attention
 from afina.functions import get_peft_model
 from afina.memory.devices import allocator_of, autocast_of, backward, hidden_of, kernels_of, overhead_of
 from afina.memory.footprint import Footprint, Moment, divided
@@ -83,7 +85,8 @@ class Planner:
             for side, count in (("train", at_once), ("evaluate", options.read_at_once))
         ]
         trace = Trace(hidden=hidden_of(self.device), wide=wide)
-        with kernels_of(self.device), trace:
+        products = short_attention() if self.device == "cpu" and self.precision == "bf16" else nullcontext()
+        with kernels_of(self.device), products, trace:
             trained = _placed(trace, model)
             optimizer = _optimizer(trace, options.optimizer, trained, options.weight_decay)
             task.label_smoothing, several = options.label_smoothing, options.gradient_accumulation > 1

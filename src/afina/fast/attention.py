@@ -1,0 +1,138 @@
+"""Attention of short rows on a CPU in bfloat16: plain matrix products, where torch's kernel is slow in its backward.
+
+`scaled_dot_product_attention` takes a fused kernel there, whose backward does not use the CPU's matrix units: for rows of 17
+tokens it takes eight times as long as the five products it stands for, for rows of 128 three times. With dropout it computes
+in float32 and draws 64 bits for each score. Inside `short_attention` it gives way to one autograd node that keeps the
+weights in bfloat16 and goes back by batched products, wherever a gradient is asked for and the weights, `[queries, keys]`,
+are no more than queries, keys, values and outcome; with dropout always, where torch keeps several times as much.
+
+What comes out is attention computed in bfloat16, as it is elsewhere: products are summed in float32 and rounded once, the
+softmax is computed in float32. Dropout draws other numbers than torch would, at the same rate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+from torch.overrides import handle_torch_function, has_torch_function
+
+from afina.core.dropout import keep_mask
+
+__all__ = ["Count", "short_attention"]
+
+_WIDTHS = 4  # keys as a multiple of a head's width, up to which weights take no more room than what goes in and comes out
+
+
+@dataclass
+class Count:
+    """Calls with a gradient: in how many of `asked` the products were used."""
+
+    asked: int = 0
+    used: int = 0
+
+
+@contextmanager
+def short_attention() -> Iterator[Count]:
+    """Inside the block `torch.nn.functional.scaled_dot_product_attention` is as the module says."""
+    given, count = F.scaled_dot_product_attention, Count()
+
+    def attention(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        options: dict[str, Any] = {
+            "attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa
+        }  # fmt: skip
+        if has_torch_function((query, key, value, attn_mask)):
+            return handle_torch_function(attention, (query, key, value, attn_mask), query, key, value, **options)  # type: ignore[no-any-return]
+        if not torch.is_grad_enabled() or not (query.requires_grad or key.requires_grad or value.requires_grad):
+            return given(query, key, value, **options)
+        count.asked += 1
+        q, k, v = (_in_arithmetic(t) for t in (query, key, value))
+        if not _suits(q, k, v, attn_mask, dropout_p):
+            return given(query, key, value, **options)
+        count.used += 1
+        if enable_gqa and q.shape[1] != k.shape[1]:
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+        return _Products.apply(q, k, v, attn_mask, dropout_p, is_causal, factor)  # type: ignore[no-any-return, no-untyped-call]
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield count
+    finally:
+        F.scaled_dot_product_attention = given
+
+
+def _in_arithmetic(x: torch.Tensor) -> torch.Tensor:
+    """As autocast hands a tensor to torch's own attention."""
+    if x.is_cpu and x.dtype == torch.float32 and torch.is_autocast_enabled("cpu"):
+        return x.to(torch.get_autocast_dtype("cpu"))
+    return x
+
+
+def _suits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout: float) -> bool:
+    if not (q.is_cpu and q.dim() == 4 and q.dtype == k.dtype == v.dtype == torch.bfloat16):
+        return False
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if not 0.0 < dropout < 1.0 and (dropout or k.shape[2] > _WIDTHS * q.shape[-1]):
+        return False
+    return mask is None or (not mask.requires_grad and _sees_something(mask))
+
+
+def _sees_something(mask: torch.Tensor) -> bool:
+    """Whether each query sees a key: where one sees none torch gives zeros. A mask without contents is taken to."""
+    if type(mask) is not torch.Tensor or mask.is_meta:
+        return True
+    seen = mask.any(-1) if mask.dtype == torch.bool else mask.amax(-1) > -torch.inf
+    return bool(seen.all())
+
+
+class _Products(torch.autograd.Function):
+    """`q [rows, heads, queries, width]`, `k` and `v` with keys for queries."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout: float,
+        causal: bool, factor: float,
+    ) -> torch.Tensor:  # fmt: skip
+        rows, heads = q.shape[:2]
+        q, k, v = (t.reshape(rows * heads, *t.shape[2:]) for t in (q, k, v))
+        scores = torch.bmm(q, k.transpose(1, 2)).mul_(factor)
+        whole = scores.view(rows, heads, *scores.shape[1:])
+        if causal:
+            whole.masked_fill_(torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu_(1), -torch.inf)
+        if mask is not None and mask.dtype == torch.bool:
+            whole.masked_fill_(~mask, -torch.inf)
+        elif mask is not None:
+            whole.add_(mask)
+        weights = torch._softmax(scores, -1, False)
+        kept, ctx.lift = keep_mask(weights, dropout) if dropout else (None, 1.0)
+        ctx.factor = factor
+        ctx.save_for_backward(q, k, v, weights, kept)
+        return torch.bmm(_dropped(weights, kept, ctx.lift), v).view(rows, heads, q.shape[1], v.shape[2])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, weights, kept = ctx.saved_tensors
+        rows, heads = g.shape[:2]
+        g = g.reshape(rows * heads, *g.shape[2:])
+        into_v = torch.bmm(_dropped(weights, kept, ctx.lift).transpose(1, 2), g)
+        into_weights = _dropped(torch.bmm(g, v.transpose(1, 2)), kept, ctx.lift)
+        into_scores = torch._softmax_backward_data(into_weights, weights, -1, weights.dtype).mul_(ctx.factor)
+        into_q, into_k = torch.bmm(into_scores, k), torch.bmm(into_scores.transpose(1, 2), q)
+        made = [t.view(rows, heads, *t.shape[1:]) for t in (into_q, into_k, into_v)]
+        return *made, None, None, None, None
+
+
+def _dropped(x: torch.Tensor, kept: torch.Tensor | None, lift: float) -> torch.Tensor:
+    return x if kept is None else x * kept.view(torch.uint8).to(x.dtype).mul_(lift)
