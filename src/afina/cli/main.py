@@ -8,7 +8,22 @@ from typing import Annotated
 import typer
 
 from afina import __version__
-from afina.cli import check, compare, evaluate, export, methods, plan, predict, prepare, report, serve, targets, tasks, train
+from afina.cli import (
+    check,
+    compare,
+    evaluate,
+    export,
+    methods,
+    plan,
+    predict,
+    prepare,
+    report,
+    serve,
+    sweep,
+    targets,
+    tasks,
+    train,
+)
 from afina.cli.launch import LOST
 from afina.cli.show import fail
 from afina.errors import AfinaError, LostProcessError
@@ -26,6 +41,7 @@ app.command("prepare")(prepare.prepare)
 app.command("check")(check.check)
 app.command("plan")(plan.plan)
 app.command("train")(train.train)
+app.command("sweep")(sweep.sweep)
 app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)

@@ -250,6 +250,7 @@ class Run:
     choice: Choice | None = None  # of settings that fit into memory.limit
     shared: Shared = field(default_factory=Shared)
     about: Any = None  # what rows and base follow from
+    told: list[str] = field(default_factory=list)  # of the way the run is computed, by whoever started it
 
     def classes(self, split: str) -> dict[str, int]:
         """Rows of each class on one side of the split."""
@@ -291,9 +292,9 @@ class Run:
                 trackers(line)
                 tell(line)
 
-            notes = []
+            notes = [*self.told]
             if options.gradient_accumulation == "auto":
-                notes = settle_parts(self.model, self.task, self.rows, self.recipe, engine)
+                notes += settle_parts(self.model, self.task, self.rows, self.recipe, engine)
                 if engine.main:
                     self._write_recipe()
             with fast_path(self.model, self.task, self.rows, options, engine) as found:

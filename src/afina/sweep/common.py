@@ -1,0 +1,107 @@
+"""What the runs of a sweep have in common, made once: `Common`.
+
+Rows are read, divided and encoded once for all points that ask for the same; figures that need no training are found once.
+The base is loaded once for each seed, since a new head is drawn while it is loaded; what is equal in two of them is one
+tensor. Each run gets a tree of modules of its own around those tensors, so that a run is what it is alone: its adapter, its
+hooks and its modes are nobody else's. Test rows pass over a frozen trunk as training rows do.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from afina.tasks.task import Rows
+from afina.training import checkpoints
+from afina.training.engines.engine import Engine
+from afina.training.fast_path import fast_path
+from afina.training.shared import Shared
+
+__all__ = ["Common", "with_same_weights"]
+
+Made = TypeVar("Made")
+
+
+class Common(Shared):
+    """Keeps what it made, for as long as the sweep lasts."""
+
+    def __init__(self) -> None:
+        self.made: dict[tuple[str, str], Any] = {}
+        self.first: dict[str, torch.Tensor] = {}  # frozen weights by name and shape, of the first base
+        self.origins: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()  # what a tree was made from
+
+    def once(self, what: str, about: Any, make: Callable[[], Made]) -> Made:
+        key = (what, repr(about))
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]  # type: ignore[no-any-return]
+
+    def base(self, task: Any, path: str, about: Any) -> Any:
+        """A tree of modules around the one set of weights."""
+
+        def load() -> tuple[Any, Any]:
+            model = task.load_model(path)
+            chance = checkpoints.random_states()
+            self._merge(model)
+            return model, chance
+
+        model, chance = self.once("base", about, load)
+        checkpoints.set_random_states(chance)
+        made = with_same_weights(model)
+        self.origins[made] = model
+        return made
+
+    def bare(self, base: nn.Module) -> Any:
+        """Once more the tree that a base was made as, without what has been done to it since."""
+        return with_same_weights(self.origins[base])
+
+    def _merge(self, model: nn.Module) -> None:
+        """What is equal in the first base takes the place of what was loaded again."""
+        for path, module in model.named_modules():
+            for held in (module._parameters, module._buffers):
+                for name, tensor in held.items():
+                    if tensor is None or tensor.is_meta or type(tensor) not in (torch.Tensor, nn.Parameter):
+                        continue
+                    key = f"{path}.{name} {tuple(tensor.shape)} {tensor.dtype}"
+                    known = self.first.setdefault(key, tensor)
+                    if known is not tensor and torch.equal(known, tensor):
+                        held[name] = known  # type: ignore[assignment]
+
+    def reading(self, run: Any, engine: Any) -> AbstractContextManager[Any]:
+        return _trunk_for(run, engine)
+
+
+@contextmanager
+def _trunk_for(run: Any, engine: Any) -> Iterator[None]:
+    """The states of the test rows, in the arithmetic that they are read in, are computed once for all runs."""
+    test = run.rows["test"]
+    sides = {"train": test, "validation": Rows([], [])}
+    with fast_path(run.model, run.task, sides, run.recipe.training, cast(Engine, _Exact(engine, run.task))):
+        yield
+
+
+class _Exact:
+    """An engine as it reads test rows: in float32, or in the type that the weights are stored in."""
+
+    def __init__(self, engine: Any, task: Any):
+        self.engine, self.task = engine, task
+        self.precision = f"exact {task.storage}"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The arithmetic."""
+        return self.task.storage.arithmetic(self.engine.device)  # type: ignore[no-any-return]
+
+
+def with_same_weights(model: nn.Module) -> Any:
+    """A copy of the modules that holds the very tensors of the original."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
