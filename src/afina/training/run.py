@@ -10,6 +10,7 @@ import csv
 import json
 import platform
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -297,13 +298,16 @@ class Run:
                 notes += settle_parts(self.model, self.task, self.rows, self.recipe, engine)
                 if engine.main:
                     self._write_recipe()
+            began = time.perf_counter()
             with fast_path(self.model, self.task, self.rows, options, engine) as found:
+                ready = time.perf_counter() - began
                 fitted = fit(
                     self.model, self.task, self.rows["train"], self.rows["validation"], options, engine, self.output,
                     tell=told, resume=self.resume, from_step=self.from_step,
                 )  # fmt: skip
             notes += found
             fitted.notes[:0] = notes
+            fitted.seconds += ready  # what was computed once is part of the training
             self._settle(engine)
             test = self.rows["test"]
             with self.shared.reading(self, engine):
