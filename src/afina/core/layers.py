@@ -276,9 +276,9 @@ class NormView(LayerView):
     def apply(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         layer: Any = self.layer
         if type(layer) is nn.LayerNorm and self.bare:
-            return F.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
+            return torch.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
         if type(layer) is nn.RMSNorm and self.bare:
-            return F.rms_norm(x, layer.normalized_shape, weight, layer.eps)
+            return torch.rms_norm(x, layer.normalized_shape, weight, layer.eps)
         return self.holding(weight=weight)(x) if bias is None else self.holding(weight=weight, bias=bias)(x)
 
     def per_feature(self, vector: torch.Tensor, activation: torch.Tensor) -> torch.Tensor:

@@ -253,7 +253,7 @@ class PromptFeeder:
             slots = [(4 * layer + side) % (2 * layers) for layer in range(layers) for side in (0, 1)]
             self._prefix_in_cache(rows[slots], kwargs)
             return
-        self.runtime.set(prefix=tuple((rows[2 * i], rows[2 * i + 1]) for i in range(layers)))
+        self.runtime.set(prefix=(tuple((rows[2 * i], rows[2 * i + 1]) for i in range(layers)), {}))
         if kwargs.get("position_ids") is not None:
             _shift(kwargs, n)
         elif "position_ids" in self.names:
@@ -357,20 +357,33 @@ def _attend_eager(module: Any, query: Any, key: Any, value: Any, mask: Any, **kw
 def _attend(function: Callable[..., Any], module: Any, q: Any, k: Any, v: Any, mask: Any, kwargs: dict[str, Any]) -> Any:
     """Attention with the prefix of this layer in front of keys `[B, heads, T, d]` and values; every token sees it."""
     runtime, layer = getattr(module, "afina_prefix", (None, 0))
-    prefix = runtime.state.prefix if runtime is not None and runtime.state.enabled else None
+    prefix: Any = runtime.state.prefix if runtime is not None and runtime.state.enabled else None
     if prefix is None:
         return function(module, q, k, v, mask, **kwargs)
-    front_k, front_v = (t.to(k.dtype).expand(k.shape[0], -1, -1, -1) for t in prefix[layer])
+    pairs, masks = prefix
+    front_k, front_v = (t.to(k.dtype).expand(k.shape[0], -1, -1, -1) for t in pairs[layer])
     n, queries, keys = front_k.shape[2], q.shape[2], k.shape[2]
     causal = kwargs.pop("is_causal", None)
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    if mask is None and causal and queries > 1:  # what the attention function would have masked by itself
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)[None, None]
-        if function.__name__.startswith("eager"):
-            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
-    if mask is not None:
-        mask = F.pad(mask[..., :keys], (n, 0), value=1 if mask.dtype == torch.bool else 0.0)
+    if mask is not None or (causal and queries > 1):
+        own, key = mask, (id(mask), queries, keys, q.dtype, q.device)
+        if torch.compiler.is_compiling() or key not in masks:
+            mask = _mask_with_front(own, q, keys, n, eager=function.__name__.startswith("eager"))
+            if not torch.compiler.is_compiling():
+                masks[key] = own, mask  # all layers of a pass get one, kept once
+        else:
+            mask = masks[key][1]
     return function(module, q, torch.cat([front_k, k], 2), torch.cat([front_v, v], 2), mask, is_causal=False, **kwargs)
+
+
+def _mask_with_front(mask: Any, q: torch.Tensor, keys: int, n: int, *, eager: bool) -> torch.Tensor:
+    """The mask, or the causal one that the attention function makes by itself, with n columns in front that all see."""
+    if mask is None:
+        queries = q.shape[2]
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)[None, None]
+        if eager:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
+    return F.pad(mask[..., :keys], (n, 0), value=1 if mask.dtype == torch.bool else 0.0)
 
 
 def _parameters(module: nn.Module) -> list[str]:

@@ -72,9 +72,9 @@ class TrainableTokens(Adapter):
                 "first: model.resize_token_embeddings(len(tokenizer))"
             )
         self.register_buffer("indices", indices.to(self.device), persistent=False)
-        # row of the table -> row among the trained ones, or -1
-        place = torch.full((rows,), -1, dtype=torch.long)
-        place[indices] = torch.arange(len(indices))
+        # row of the table -> row among the trained ones, or -1; what is looked up is kept for backward, hence 32 bits
+        place = torch.full((rows,), -1, dtype=torch.int32)
+        place[indices] = torch.arange(len(indices), dtype=torch.int32)
         self.register_buffer("place", place.to(self.device), persistent=False)
         self.parameter("trainable_tokens_delta", (len(indices), dim))
 
