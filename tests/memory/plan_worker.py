@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 
 import torch
 
+from afina.fast.attention import short_attention
 from afina.memory.measure import measured
 from afina.memory.step import lean_step
 from afina.training.optimizers import make_optimizer
@@ -35,7 +37,8 @@ def main(folder: str, precision: str) -> None:
     batch = task.collate(planner.features["train"][: recipe.training.rows])
     for _ in range(2):  # the first finds what is computed once
         with measured(torch.device("cpu")) as peak:
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), \
+                    short_attention() if precision == "bf16" else nullcontext():  # fmt: skip
                 loss = task.loss_sum(model.train(), batch)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
