@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -75,3 +76,27 @@ def test_a_resumed_run_goes_on_as_it_began(bases, tmp_path):
     for name, weight in weights(whole).items():
         assert torch.equal(weights(again)[name], weight), name
     assert json.loads((tmp_path / "part" / "metrics.json").read_text())["train"]["notes"]
+
+
+def test_a_trunk_with_no_place_for_its_states_is_computed_in_every_step(bases, tmp_path, monkeypatch):
+    """The run goes on, and says why it is slower."""
+    file = tmp_path / "file"
+    file.write_text("")
+    monkeypatch.setenv("AFINA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "trunk").symlink_to(file)
+    notes = prepared(bases["bert"], tmp_path / "a", method=dict(LAST), epochs=1).execute()["train"]["notes"]
+    assert any("cannot be written" in note and "computed in every step" in note for note in notes)
+    monkeypatch.setattr("afina.training.fast_path.shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(9, 9, 0))
+    (tmp_path / "cache" / "trunk").unlink()
+    notes = prepared(bases["bert"], tmp_path / "b", method=dict(LAST), epochs=1).execute()["train"]["notes"]
+    assert any("has room for 0" in note for note in notes)
+
+
+def test_what_takes_a_while_is_told_before(bases, tmp_path, monkeypatch):
+    monkeypatch.setenv("AFINA_CACHE", str(tmp_path / "cache"))
+    lines: list[dict] = []
+    run = prepared(bases["gpt2"], tmp_path / "a", method=dict(LAST), epochs=1)
+    run.execute(lines.append)
+    count = sum(len(run.rows[side].features) for side in ("train", "validation"))
+    assert lines[0] == {"said": f"computing the first 1 of 2 blocks, which are frozen, once for {count} rows"}

@@ -46,6 +46,11 @@ class Trunk:
         self._training: list[nn.Module] = []  # modules around the blocks that are in training above the trunk
         self._form: Any = None  # what the last block gives beside the hidden states
 
+    @property
+    def size(self) -> int:
+        """Bytes of the states that are there."""
+        return self.states.size if self.states is not None else 0
+
     @contextmanager
     def used(self) -> Iterator[None]:
         """Inside the block nothing in the trunk is drawn by chance, and rows whose states are known pass over it.

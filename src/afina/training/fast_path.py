@@ -41,11 +41,13 @@ _CLOSE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of 
 
 @contextmanager
 def fast_path(
-    model: Any, task: Task, rows: Mapping[str, Rows], options: TrainingOptions, engine: Engine
-) -> Iterator[list[str]]:
+    model: Any, task: Task, rows: Mapping[str, Rows], options: TrainingOptions, engine: Engine,
+    say: Callable[[str], None] = lambda sentence: None,
+) -> Iterator[list[str]]:  # fmt: skip
     """Inside the block the model runs as fast as it can without changing what is learned; gives what was found.
 
-    With `frozen_dropout: keep` the blocks below what is trained draw as ever, and nothing is computed once.
+    With `frozen_dropout: keep` the blocks below what is trained draw as ever, and nothing is computed once. `say` is told of
+    work that takes a while.
     """
     notes = list[str]()
     chance = checkpoints.random_states()
@@ -67,7 +69,7 @@ def fast_path(
         else:
             _last(model, task, stack, probe, engine, used, notes)
             if stack.depth:
-                _first(task, model, stack, rows, options, engine, call, used, notes)
+                _first(task, model, stack, rows, options, engine, call, used, notes, say)
             else:
                 notes.append("something is trained in or before the first block, so every block is computed in every step")
         products = used.enter_context(short_attention()) if _is_narrow(engine) else None
@@ -88,7 +90,7 @@ def _is_narrow(engine: Engine) -> bool:
 
 def _first(
     task: Task, model: Any, stack: Stack, rows: Mapping[str, Rows], options: TrainingOptions, engine: Engine,
-    call: Callable[[], torch.Tensor], used: ExitStack, notes: list[str],
+    call: Callable[[], torch.Tensor], used: ExitStack, notes: list[str], say: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Still the trunk, and keep its states where there is room for them."""
     frozen = f"the first {stack.depth} of {len(stack.blocks)} blocks are frozen"
@@ -100,21 +102,40 @@ def _first(
     size = tokens * width * 4
     limit = 0 if options.trunk_cache == "off" else parse_size(options.trunk_cache)
     place = cache_folder("trunk")
-    if place is None or size > limit:
+
+    def every_step(why: str) -> None:
         used.enter_context(Trunk(stack, None).used())
-        why = "AFINA_CACHE=off" if place is None else f"training.trunk_cache={options.trunk_cache}"
         notes.append(f"{frozen}, without dropout, and computed in every step ({why}; {shown_size(size)} would be needed)")
+
+    if place is None or size > limit:
+        every_step("AFINA_CACHE=off" if place is None else f"training.trunk_cache={options.trunk_cache}")
         return
-    folder = place / _name(stack, engine)
-    _make_room(place, folder, limit - size)
-    trunk = Trunk(stack, States(folder, limit))
     inside = used.enter_context(ExitStack())
-    inside.enter_context(trunk.used())
-    if not trunk.fits(call):
+    try:
+        folder = place / _name(stack, engine)
+        _make_room(place, folder, limit - size)
+        trunk = Trunk(stack, States(folder, limit))
+        if (free := shutil.disk_usage(folder).free + trunk.size) < size:
+            every_step(f"{folder.parent} has room for {shown_size(free)}")
+            return
+        inside.enter_context(trunk.used())
+        if not trunk.fits(call):
+            inside.close()
+            every_step("what was kept of them did not give the same")
+            return
+        before = _fill(task, model, stack, trunk, rows, options, engine, say)
+    except OSError as error:
         inside.close()
-        used.enter_context(Trunk(stack, None).used())
-        notes.append(f"{frozen}, without dropout, and computed in every step: what was kept of them did not give the same")
+        every_step(f"{place} cannot be written: {error.strerror or error}")
         return
+    notes.append(f"{frozen}, without dropout, and computed once a row{before} ({shown_size(size)} on the disk)")
+
+
+def _fill(
+    task: Task, model: Any, stack: Stack, trunk: Trunk, rows: Mapping[str, Rows], options: TrainingOptions, engine: Engine,
+    say: Callable[[str], None],
+) -> str:  # fmt: skip
+    """Compute the states of all rows that are not there yet; says where they come from."""
     known = len(trunk.states.rows) if trunk.states else 0
     if "pair_ids" not in rows["train"].features[0]:  # a second text is met in the first epoch
 
@@ -126,12 +147,16 @@ def _first(
 
             return run
 
-        trunk.fill(work(side, some) for side in (rows["train"], rows["validation"])
+        sides = rows["train"], rows["validation"]
+        if known <= _PROBED:
+            count = sum(len(side.features) for side in sides)
+            blocks = f"the first {stack.depth} of {len(stack.blocks)} blocks, which are frozen,"
+            say(f"computing {blocks} once for {count:,} rows")
+        trunk.fill(work(side, some) for side in sides
                    for some in _filled(side.lengths, options.read_at_once))  # fmt: skip
     if engine.main and trunk.states is not None:
         trunk.states.keep()
-    before = " in a run before" if known > _PROBED else ""
-    notes.append(f"{frozen}, without dropout, and computed once a row{before} ({shown_size(size)} on the disk)")
+    return " in a run before" if known > _PROBED else ""
 
 
 def _filled(lengths: Sequence[int], rows: int) -> Iterator[list[int]]:

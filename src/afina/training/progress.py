@@ -77,7 +77,9 @@ class Progress:
         """Show one line of the log."""
         if self.quiet:
             return
-        if "validation_loss" in line:
+        if "said" in line:
+            self._say([line["said"]])
+        elif "validation_loss" in line:
             self._evaluated(line)
         else:
             self._stepped(line)

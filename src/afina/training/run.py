@@ -293,13 +293,17 @@ class Run:
                 trackers(line)
                 tell(line)
 
+            def say(sentence: str) -> None:
+                if engine.main:
+                    tell({"said": sentence})
+
             notes = [*self.told]
             if options.gradient_accumulation == "auto":
                 notes += settle_parts(self.model, self.task, self.rows, self.recipe, engine)
                 if engine.main:
                     self._write_recipe()
             began = time.perf_counter()
-            with fast_path(self.model, self.task, self.rows, options, engine) as found:
+            with fast_path(self.model, self.task, self.rows, options, engine, say) as found:
                 ready = time.perf_counter() - began
                 fitted = fit(
                     self.model, self.task, self.rows["train"], self.rows["validation"], options, engine, self.output,
