@@ -274,11 +274,11 @@ class PromptFeeder:
         if mask is not None and mask.dim() == 2 and self.model.config.model_type == "opt":  # counts what is attended to
             return ((mask.cumsum(1) + n) * mask - 1)[:, -tokens.shape[1] :].long()
         if mask is not None and mask.dim() == 2 and self.causal:  # a row counts from its first token, padded left or not
-            front = (mask.cumsum(1) == 0).sum(1, keepdim=True)
-            places = torch.arange(mask.shape[1], device=mask.device) - front
-            return (places.clamp(min=0) + n)[:, -tokens.shape[1] :]
-        positions = torch.arange(seen + n, seen + n + tokens.shape[1], device=tokens.device)
-        return positions.expand(tokens.shape[0], -1)
+            places = torch.arange(mask.shape[1], device=mask.device)[None]
+            if torch.compiler.is_compiling() or not bool(mask[:, 0].all()):
+                places = (places - (mask.cumsum(1) == 0).sum(1, keepdim=True)).clamp(min=0)
+            return (places + n)[:, -tokens.shape[1] :]
+        return torch.arange(seen + n, seen + n + tokens.shape[1], device=tokens.device)[None]
 
     def _prefix_in_cache(self, rows: torch.Tensor, kwargs: dict[str, Any]) -> None:
         from transformers import DynamicCache, EncoderDecoderCache
