@@ -81,7 +81,7 @@ class Common(Shared):
 def _trunk_for(run: Any, engine: Any) -> Iterator[None]:
     """The states of the test rows, in the arithmetic that they are read in, are computed once for all runs."""
     test = run.rows["test"]
-    sides = {"train": test, "validation": Rows([], [])}
+    sides = {"train": test, "validation": Rows(test.examples, test.features[:1])}  # one that is known
     with fast_path(run.model, run.task, sides, run.recipe.training, cast(Engine, _Exact(engine, run.task))):
         yield
 

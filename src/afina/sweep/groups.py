@@ -63,8 +63,8 @@ def alike(run: Run) -> str:
     trained = [name for name, p in run.model.named_parameters() if p.requires_grad]
     blocks = [int(found[1]) for name in trained if (found := re.search(r"\.(\d+)\.", name))]
     return repr((
-        run.source, run.task.settings(), memory.weights, memory.gradient_checkpointing, run.precision,
-        min(blocks, default=-1), options.frozen_dropout, options.trunk_cache,
+        run.source, run.task.name, run.task.options, run.task.labels, memory.weights, memory.gradient_checkpointing,
+        run.precision, min(blocks, default=-1), options.frozen_dropout, options.trunk_cache,
         run.model.peft_config["default"].peft_type,
     ))  # fmt: skip
 

@@ -1,0 +1,222 @@
+"""Runs of a sweep learn what each of them learns alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from language_bases import save
+from tiny_bases import save_bert, save_gpt2, write_rows
+
+from afina.core.files import read_weights
+from afina.errors import TrainingError
+from afina.sweep import joined
+from afina.sweep.common import Common
+from afina.sweep.points import Point, best_of, results_of
+from afina.sweep.sweep import check_points, train_points
+from afina.training.recipe import DataOptions, Recipe, TrainingOptions
+from afina.training.run import prepare
+
+LORA = {"name": "lora", "r": 3, "target_modules": "all-linear"}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    return {
+        "bert": (str(save_bert(folder / "bert")), str(write_rows(folder / "rows.csv", 47)), "sequence_classification"),
+        "gpt2": (str(save_gpt2(folder / "gpt2")), str(folder / "rows.csv"), "sequence_classification"),
+    }
+
+
+def recipe_of(base, method=None, **options):
+    model, file, task = base
+    options = {"epochs": 2, "batch_size": 7, "learning_rate": 5e-3, "precision": "fp32", **options}
+    data = DataOptions(file=file, text="message", label="label")
+    training = TrainingOptions(**options)
+    return Recipe(model=model, task={"name": task}, data=data, method=dict(method or LORA), training=training)
+
+
+def points_of(base, *changes):
+    """A point for each change: options of training, or of the method under "method"."""
+    made = []
+    for number, change in enumerate(changes, 1):
+        options = {k: v for k, v in change.items() if k != "method"}
+        method = {**LORA, **change.get("method", {})}
+        made.append(Point(number, {k: str(v) for k, v in change.items()}, recipe_of(base, method, **options)))
+    return made
+
+
+def swept(folder, points, together=None, **how):
+    common, said, results = Common(), [], {}
+    groups, _, notes = check_points(points, common)
+    train_points(
+        folder, len(points), groups, common, together=together, say=said.append,
+        over=lambda point, result: results.update({point.number: result}), **how,
+    )  # fmt: skip
+    return results, said, notes
+
+
+def weights_in(folder):
+    return read_weights(folder / "adapter" / "adapter_model.safetensors")
+
+
+def losses_in(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def compare_with_runs_alone(tmp_path, points):
+    for point in points:
+        alone = tmp_path / "alone" / str(point.number)
+        metrics = prepare(copy.deepcopy(point.recipe), alone).execute()
+        folder = point.folder(tmp_path / "sweep", len(points))
+        assert losses_in(folder) == pytest.approx(losses_in(alone), rel=1e-4, abs=1e-6)
+        own, expected = weights_in(folder), weights_in(alone)
+        assert own.keys() == expected.keys()
+        for name, weight in expected.items():
+            torch.testing.assert_close(own[name], weight, rtol=1e-2, atol=2e-4, msg=lambda text, n=name: f"{n}: {text}")
+        found = json.loads((folder / "metrics.json").read_text())
+        assert found["test"]["loss"] == pytest.approx(metrics["test"]["loss"], rel=1e-3)
+        assert found["train"]["best_epoch"] == metrics["train"]["best_epoch"]
+
+
+@pytest.mark.parametrize("base", ["bert", "gpt2"])
+def test_runs_in_one_pass_learn_what_they_learn_alone(bases, tmp_path, base):
+    """Ranks, rates, schedules, orders of rows, numbers of steps and of rows a step may all differ."""
+    points = points_of(
+        bases[base], {"epochs": 1}, {"learning_rate": 1e-2, "schedule": "cosine"},
+        {"method": {"r": 5, "lora_alpha": 3}, "batch_size": 5, "seed": 1, "epochs": 1, "weight_decay": 0.1},
+        {"label_smoothing": 0.1, "method": {"use_dora": True}},
+    )[: 4 if base == "bert" else 3]  # fmt: skip
+    results, said, notes = swept(tmp_path / "sweep", points, together=4)
+    assert all(isinstance(result, dict) for result in results.values())
+    assert f"points 1 to {len(points)}: together" in " ".join(said)
+    assert results[1]["train"]["together"] == len(points)
+    assert "in 2 ways (the seed divides them too)" in " ".join(notes)
+    compare_with_runs_alone(tmp_path, points)
+
+
+@pytest.mark.parametrize("base", ["bert", "gpt2"])
+def test_last_blocks_share_a_trunk_one_after_another(bases, tmp_path, monkeypatch, base):
+    monkeypatch.setenv("AFINA_CACHE", str(tmp_path / "cache"))
+    last = {"name": "last_layers", "num_layers": 1}
+    points = [Point(i, {"learning_rate": str(rate)}, recipe_of(bases[base], last, learning_rate=rate))
+              for i, rate in enumerate((1e-3, 5e-3), 1)]  # fmt: skip
+    results, said, _ = swept(tmp_path / "sweep", points)
+    assert "copies of whole modules" in " ".join(said)
+    assert "in a run before" in " ".join(results[2]["train"]["notes"])
+    compare_with_runs_alone(tmp_path, points)
+
+
+def test_new_heads_and_upper_blocks_in_one_pass(bases, tmp_path, monkeypatch):
+    """The head of each run reads its own rows, and the trunk below all adapters is computed once."""
+    monkeypatch.setenv("AFINA_CACHE", str(tmp_path / "cache"))
+    upper = {"layers_to_transform": [1]}
+    points = points_of(bases["bert"], {"method": upper, "epochs": 1}, {"method": upper, "seed": 3})
+    results, said, _ = swept(tmp_path / "sweep", points, together=2)
+    assert "points 1 to 2: together" in " ".join(said)
+    assert all("computed once a row" in " ".join(result["train"]["notes"]) for result in results.values())
+    compare_with_runs_alone(tmp_path, points)
+
+
+@pytest.mark.parametrize(("task", "architecture"), [("causal_lm", "GPT-2"), ("seq2seq", "T5")])
+def test_losses_inside_the_head(tmp_path, task, architecture):
+    """A vocabulary's loss is computed in chunks inside the head, of each run with its own hidden states."""
+    base = save(tmp_path / "base", architecture)
+    rows = [{"text": f"say {'abcdefg'[i % 7] * (1 + i % 5)} {i}", "label": f"{i % 3} {'xy' * (i % 4)}z"} for i in range(29)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    points = []
+    for number, change in enumerate(({}, {"seed": 2}), 1):
+        options = {"epochs": 1, "batch_size": 5, "learning_rate": 5e-3, "precision": "fp32", **change}
+        recipe = Recipe(model=str(base), task={"name": task}, data=DataOptions(file=str(file), text="text", label="label"),
+                        method=dict(LORA), training=TrainingOptions(**options))  # fmt: skip
+        points.append(Point(number, {"n": str(number)}, recipe))
+    results, said, _ = swept(tmp_path / "sweep", points, together=2)
+    assert "together" in " ".join(said), said
+    assert len(results) == 2
+    compare_with_runs_alone(tmp_path, points)
+
+
+def test_t35_what_cannot_share_a_pass_says_why(bases, tmp_path):
+    points = points_of(bases["bert"], {"epochs": 1}, {"epochs": 1, "learning_rate": 1e-2})
+    prompt = {"name": "prompt_tuning", "num_virtual_tokens": 2}
+    points += [Point(i, {"n": str(i)}, recipe_of(bases["bert"], prompt, epochs=1, seed=i)) for i in (3, 4)]
+    groups, _, _ = check_points(points, Common())
+    assert [group.why == "" for group in groups] == [True, False]
+    assert "virtual tokens" in groups[1].why
+
+
+def test_a_joined_pass_that_differs_is_not_used(bases, tmp_path, monkeypatch):
+    losses = joined.JoinedModel.losses
+    monkeypatch.setattr(joined.JoinedModel, "losses", lambda self, asked: [loss * 1.1 for loss in losses(self, asked)])
+    results, said, _ = swept(tmp_path / "s", points_of(bases["bert"], {"epochs": 1}, {"epochs": 1, "seed": 1}), together=2)
+    assert "in one pass p1 had the loss" in " ".join(said)
+    assert all("trained by itself in a sweep: in one pass" in " ".join(r["train"]["notes"]) for r in results.values())
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_memory_that_runs_out_halves_the_group(bases, tmp_path, monkeypatch, where):
+    losses, backward, sizes, whole = joined.JoinedModel.losses, torch.autograd.backward, [], []
+
+    def refuse(size):
+        if not whole and size > 2:
+            raise torch.OutOfMemoryError("out of memory")
+
+    def fewer(self, asked):
+        if torch.is_grad_enabled():
+            sizes.append(len(asked))
+            if where == "forward":
+                refuse(len(asked))
+        return losses(self, asked)
+
+    def smaller(tensors, *args, **kwargs):
+        if where == "backward" and isinstance(tensors, list):
+            refuse(len(tensors))
+        return backward(tensors, *args, **kwargs)
+
+    monkeypatch.setattr(joined.JoinedModel, "losses", fewer)
+    monkeypatch.setattr(torch.autograd, "backward", smaller)
+    points = points_of(bases["bert"], *({"epochs": 1, "learning_rate": rate} for rate in (5e-3, 1e-2, 3e-3, 2e-2)))
+    _, said, _ = swept(tmp_path / "sweep", points, together=4)
+    assert "memory ran out with 4 runs in a pass; from there on a pass had at most 2" in " ".join(said)
+    assert sizes[0] == 4
+    assert max(sizes[1:]) == 2
+    whole.append(True)
+    compare_with_runs_alone(tmp_path, points[:1])
+
+
+def test_a_run_that_fails_ends_alone_and_the_others_go_on(bases, tmp_path):
+    points = points_of(bases["bert"], {"epochs": 1}, {"epochs": 1, "learning_rate": 1e30}, {"epochs": 1, "patience": 1})
+    results, _, _ = swept(tmp_path / "sweep", points, together=3)
+    assert isinstance(results[2], TrainingError)
+    found = results_of(tmp_path / "sweep", points)
+    assert [one.state for one in found] == ["finished", "failed", "finished"]
+    assert "loss is" in found[1].error
+    best = best_of(found)
+    assert best is max((found[0], found[2]), key=lambda one: one.score)
+    compare_with_runs_alone(tmp_path, [points[0]])
+
+
+def test_a_stopped_sweep_goes_on(bases, tmp_path, monkeypatch):
+    """A sweep killed after some steps goes on from the checkpoints of its runs, with the losses they would have had."""
+    points = points_of(bases["bert"], {"checkpoint_every": 3}, {"learning_rate": 1e-2, "checkpoint_every": 3})
+    losses, count = joined.JoinedModel.losses, [0]
+
+    def killed(self, asked):
+        count[0] += torch.is_grad_enabled()
+        if count[0] == 7:
+            raise KeyboardInterrupt
+        return losses(self, asked)
+
+    monkeypatch.setattr(joined.JoinedModel, "losses", killed)
+    with pytest.raises(KeyboardInterrupt):
+        swept(tmp_path / "sweep", points, together=2)
+    assert [one.state for one in results_of(tmp_path / "sweep", points)] == ["begun", "begun"]
+    monkeypatch.undo()
+    results, _, _ = swept(tmp_path / "sweep", points, together=2)
+    assert len(results) == 2
+    compare_with_runs_alone(tmp_path, points[1:])
