@@ -24,11 +24,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import gc
 import io
 import json
-import math
 import struct
 import subprocess
 import sys
@@ -85,7 +83,8 @@ def model_folder(name: str, data: Path, folder: Path) -> str:
     if name == "gpt2":
         tokenizer, model = tf.AutoTokenizer.from_pretrained(data / "tokenizers/gpt2_hf"), tf.GPT2Model(tf.GPT2Config())
     elif name == "bert":
-        tokenizer, model = tf.AutoTokenizer.from_pretrained(data / "tokenizers/bert_uncased_hf"), tf.BertModel(tf.BertConfig())
+        tokenizer = tf.AutoTokenizer.from_pretrained(data / "tokenizers/bert_uncased_hf")
+        model = tf.BertModel(tf.BertConfig())
     else:
         tokenizer = tf.T5Tokenizer(vocab=pieces(data / "tokenizers/t5/spiece.model"))
         model = tf.T5ForConditionalGeneration(
@@ -239,10 +238,14 @@ def theirs(run: Any, rows: Any, *, expert: bool = False) -> Sample:
     config = peft.LoraConfig(r=8, task_type="SEQ_2_SEQ_LM" if seq2seq else "SEQ_CLS", **targets)
     model = peft.get_peft_model(base, config)
     key = "labels" if seq2seq else "label"
-    data = [{"input_ids": f["input_ids"], "attention_mask": [1] * len(f["input_ids"]), "labels": f[key]} for f in rows.features]
+    data = [
+        {"input_ids": f["input_ids"], "attention_mask": [1] * len(f["input_ids"]), "labels": f[key]} for f in rows.features
+    ]
     tokenizer = run.task.tokenizer
     collate = tf.DataCollatorForSeq2Seq(tokenizer, base) if seq2seq else tf.DataCollatorWithPadding(tokenizer)
-    set_well: dict[str, Any] = {"bf16": run.precision == "bf16", "train_sampling_strategy": "group_by_length"} if expert else {}
+    set_well: dict[str, Any] = {}
+    if expert:
+        set_well = {"bf16": run.precision == "bf16", "train_sampling_strategy": "group_by_length"}
 
     def sample() -> tuple[float, float]:
         stretch = Stretch()
@@ -413,8 +416,8 @@ def render(results: dict[str, Any]) -> str:
             ])  # fmt: skip
         rates = " and ".join(f"{value:,.0f} in {key}" for key, value in row["gflops_a_second"].items())
         parts.append(
-            f"### {row['title']}\n\n{row['rows']} rows of {row['tokens'] / row['rows']:.0f} tokens; the model's products alone "
-            f"reach {rates} GFLOP/s. PEFT by itself adapts {', '.join(row['targets_of_theirs'])}.\n\n"
+            f"### {row['title']}\n\n{row['rows']} rows of {row['tokens'] / row['rows']:.0f} tokens; the model's products "
+            f"alone reach {rates} GFLOP/s. PEFT by itself adapts {', '.join(row['targets_of_theirs'])}.\n\n"
             + table(
                 ["", "", "examples/s", "ours, times (CPU / wall)", "target", "GFLOP a row", "limit, examples/s", "reached"],
                 lines,
@@ -426,7 +429,7 @@ def render(results: dict[str, Any]) -> str:
 def main() -> None:
     """Measure, or render what was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="the folder that holds sms_spam, clinc150_imbalanced, summarisation, tokenizers")
+    parser.add_argument("--data", type=Path, help="the folder of real texts and tokenizers")
     parser.add_argument("--only", nargs="+", choices=list(JOBS), default=list(JOBS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
