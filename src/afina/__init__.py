@@ -21,6 +21,7 @@ _HOME = {
         "get_peft_config", "get_peft_model", "get_peft_model_state_dict", "inject_adapter_in_model",
         "prepare_model_for_kbit_training", "set_peft_model_state_dict",
     ),
+    "afina.hotswap": ("hotswap_adapter", "prepare_model_for_compiled_hotswap"),
     "afina.model": (
         "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering",
         "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification", "PeftModelForTokenClassification",

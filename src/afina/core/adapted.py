@@ -35,6 +35,7 @@ class AdaptedLayer(nn.Module):
         self.runtime = runtime
         self.view = view if view is not None else view_of(base_layer)
         self.merged: tuple[str, ...] = ()
+        self.chosen: tuple[Any, ...] = ()  # the adapters of `runtime.chosen` that are on this layer
         self._kept: dict[str, Any] | None = None  # the stored form from before a merge
         self._kept_layer: nn.Module | None = None  # the layer from before a merge that put a module in its place
         self.first = _first_argument(type(base_layer))  # type: ignore[arg-type]
@@ -51,9 +52,8 @@ class AdaptedLayer(nn.Module):
     def _acting(self) -> nn.Module:
         """The module whose attributes are the layer's: a trained copy where one stands in, else the layer."""
         state = self.runtime.state
-        for name in reversed(state.active if state.enabled else ()):
-            adapter = self.adapters._modules.get(name)
-            if isinstance(adapter, SavedModule) and name not in self.merged:
+        for adapter in reversed(self._in_order(state.active) if state.enabled else ()):
+            if isinstance(adapter, SavedModule):
                 return adapter.inner
         return self._modules["base_layer"]  # type: ignore[return-value]
 
@@ -78,15 +78,23 @@ class AdaptedLayer(nn.Module):
             return self._forward_rows(state.rows, args, kwargs)
         return self._forward_stack(state.active, args, kwargs)
 
+    def choose(self, names: Sequence[str]) -> None:
+        """Have the adapters of these names in `chosen`."""
+        self.chosen = tuple(self.adapters[name] for name in names if name in self.adapters)
+
+    def _in_order(self, active: tuple[str, ...]) -> Sequence[Any]:
+        """The adapters that act, in their order. Compiled code is told them without their names, so that it fits all of one
+        kind and size, and switching compiles nothing again."""
+        if torch.compiler.is_compiling() and self.runtime.by_choice and not self.merged:
+            return self.chosen
+        held: Any = self._modules["adapters"]._modules  # type: ignore[union-attr]
+        return [held[name] for name in active if name in held and name not in self.merged]
+
     def _forward_stack(self, active: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        held, merged = self._modules["adapters"]._modules, self.merged  # type: ignore[union-attr]
         x: Any = None
         base: Base | None = None
         top: Any = None
-        for name in active:
-            adapter = held.get(name)
-            if adapter is None or name in merged:
-                continue
+        for adapter in self._in_order(active):
             if base is None:
                 x, base = self._split(args, kwargs)
             else:

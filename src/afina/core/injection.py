@@ -206,6 +206,9 @@ class AdapterSet:
             self.unmerge()
         for name in {*self.active} - {*names}:
             self.set_trainable(name, False)
+        for layer in self.layers.values():
+            layer.choose(names)
+        self.runtime.choose(names)
         self.runtime.set(active=names)
         for name in names:
             self.set_trainable(name, trainable)
@@ -310,6 +313,8 @@ class AdapterSet:
                 del layer.adapters[name]
         if name in self.prompts:
             del self.prompts[name]
+        if name in (self.runtime.chosen or ()):
+            self.runtime.choose(None)
         self.configs.pop(name, None)
         self.injected.pop(name, None)
 

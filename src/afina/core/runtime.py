@@ -90,19 +90,30 @@ class Runtime:
 
     def __init__(self) -> None:
         self.state = State()
+        self.chosen: tuple[str, ...] | None = None  # the names whose adapters layers have in `chosen`, None for none
+        self.by_choice = False  # whether these are the active ones
 
     def set(self, **changes: Any) -> None:
         """Replace fields of the state."""
-        self.state = replace(self.state, **changes)
+        self._enter(replace(self.state, **changes))
+
+    def choose(self, names: tuple[str, ...] | None) -> None:
+        """Layers have the adapters of these names in `chosen`, in order; None: what they have there is not to be used."""
+        self.chosen = names
+        self._enter(self.state)
+
+    def _enter(self, state: State) -> None:
+        self.state, self.by_choice = state, state.active == self.chosen
 
     @contextmanager
     def using(self, state: State) -> Iterator[None]:
         """The given state inside the block, the present one after it."""
-        before, self.state = self.state, state
+        before = self.state
+        self._enter(state)
         try:
             yield
         finally:
-            self.state = before
+            self._enter(before)
 
 
 class replayed:
