@@ -191,8 +191,8 @@ def _hashed(tensor: torch.Tensor) -> bytes:
     place = id(tensor)
     known = _KNOWN.get(place)
     if known is None or known[0]() is not tensor or known[1] != tensor._version:
-        content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        made = hashlib.blake2b(memoryview(content), digest_size=16).digest()
+        content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        made = hashlib.blake2b(content, digest_size=16).digest()
         known = _KNOWN[place] = weakref.ref(tensor, lambda _: _KNOWN.pop(place, None)), tensor._version, made
     return known[2]
 
