@@ -89,17 +89,17 @@ def sweep(
     if collect:
         show_found(output, results_of(output, read_points(output)))
         return
+    share = _share(array, problems) if array is not None else None
+    if ray is not None and array is not None:
+        problems.add("--ray divides the points itself; leave --array out")
+    if parts is not None and ray is None:
+        problems.add("--parts goes with --ray")
     typed = [*(grid or []), *(arguments or [])]
     points, varied = _points(typed, given, problems)
     if chosen is not None and chosen < len(points):
         points = sorted(random.Random(random_seed).sample(points, chosen), key=lambda point: point.number)
         for i, point in enumerate(points, 1):
             point.number = i
-    share = _share(array, problems) if array is not None else None
-    if ray is not None and array is not None:
-        problems.add("--ray divides the points itself; leave --array out")
-    if parts is not None and ray is None:
-        problems.add("--parts goes with --ray")
     try:
         check_folder(output, points, resume=resume, part=share is not None or ray is not None)
     except ConfigError as error:
