@@ -173,6 +173,21 @@ def test_the_trunk_ends_where_something_is_trained(options, depth):
     assert stack.depth == depth
 
 
+def test_what_is_adapted_above_the_trunk_is_drawn_as_ever():
+    """The module around the whole model holds the trunk and is no part of it."""
+    config = LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["dense"], layers_to_transform=[2], lora_dropout=0.3)
+    model = get_peft_model(made("bert"), config)
+    stack = find_stack(model, lambda: model.eval()(**rows()))
+    assert stack.depth == 2
+    assert model not in stack.before
+    with Trunk(stack, None).used():
+        model.train()
+        assert model.training
+        assert not any(m.training for block in stack.blocks[:2] for m in block.modules())
+        assert all(m.training for m in stack.blocks[2].modules())
+        assert not torch.equal(model(**rows()).logits, model(**rows()).logits)
+
+
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning", "p_tuning"])
 def test_what_acts_on_all_blocks_leaves_no_trunk(method):
     from afina.core.registry import get_method

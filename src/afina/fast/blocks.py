@@ -49,7 +49,7 @@ def find_stack(model: Any, call: Callable[[], Any]) -> Stack | str:
     trained = [any(p.requires_grad for p in block.parameters()) for block in blocks]
     depth = trained.index(True) if any(trained) else len(blocks)
     entered = order[blocks[depth]] if depth < len(blocks) else order[blocks[-1]]
-    around = tuple(m for m in base.modules() if any(part is blocks for part in m.modules()) and m is not blocks)
+    around = tuple(m for m in model.modules() if any(part is blocks for part in m.modules()) and m is not blocks)
     early = [m for m, n in order.items() if n < order[blocks[0]] and m not in around]
     before = tuple(m for m in early if owner is base or any(m is part for part in owner.modules()))
     inside = {id(p) for p in blocks.parameters()}
