@@ -77,7 +77,8 @@ def show_settings(recipe: Recipe, planner: Planner) -> None:
             "base": f"{recipe.model}, weights in {recipe.memory.weights}",
             "method": method,
             "arithmetic": planner.precision,
-            "a step": f"{options.rows} rows in {options.gradient_accumulation} part"
+            "a step": (f"{options.rows} rows" if not options.batch_tokens else f"up to {options.batch_tokens} tokens")
+            + f" in {options.gradient_accumulation} part"
             + ("s" if options.gradient_accumulation != 1 else "")
             + (", blocks computed again in backward" if recipe.memory.gradient_checkpointing else "")
             + f", {options.optimizer}",

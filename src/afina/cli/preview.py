@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from afina.cli.show import heading, pairs, table
 from afina.memory.sizes import shown_size
+from afina.training.batching import shuffled_batches
 
 if TYPE_CHECKING:
     from afina.training.run import Run
@@ -67,11 +68,13 @@ def show_plan(run: Run) -> None:
     elif example.label in labels:
         pairs({"class": f"{labels.index(example.label)}"})
     options = recipe.training
-    steps = -(-len(run.rows["train"].features) // options.rows)
+    budget = options.batch_tokens
+    steps = len(shuffled_batches(run.rows["train"].lengths, options.rows, seed=options.seed, epoch=1, tokens=budget))
+    size = f"{options.batch_size} rows" if not budget else f"up to {budget} tokens"
     heading("Plan")
     pairs(
         {
-            "epochs": f"{options.epochs} of {steps} steps, {options.batch_size} rows a step{_parts(options)}",
+            "epochs": f"{options.epochs} of {steps} steps, {size} a step{_parts(options)}",
             "learning rate": f"{options.learning_rate:g} at its peak",
             "precision": run.precision + (" (trained weights stay fp32)" if run.precision != "fp32" else ""),
             "base": f"frozen weights in {recipe.memory.weights}"
@@ -102,6 +105,8 @@ def _processes(recipe: Any) -> dict[str, str]:
     where = ", in the host's memory" if asked.offload else ""
     rows = recipe.training.rows
     share = f"; of the {rows} rows of a step each computes {-(-rows // count)}" if count > 1 else ""
+    if recipe.training.batch_tokens and count > 1:
+        share = "; each computes its share of the rows of a step"
     return {"processes": f"{count}, {asked.engine}: {how}{where}{share}"}
 
 

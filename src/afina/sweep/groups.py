@@ -144,7 +144,8 @@ def _measured(runs: Mapping[str, Run], joined: JoinedModel, engine: Any) -> int 
 
     for model in (joined.model, *(run.model for run in runs.values())):
         model.train()
-    size = next(iter(runs.values())).recipe.training.rows
+    first = next(iter(runs.values()))
+    size = first.recipe.training.at_once(max(first.rows["train"].lengths), 1)
     longest = list(_asked(runs, engine, size, longest=True).items())
     peaks = []
     budget = available(engine.device) * (1 - _HEADROOM)

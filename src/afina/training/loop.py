@@ -28,7 +28,7 @@ from afina.errors import StoppedError, TrainingError
 from afina.memory.measure import is_out_of_memory, release
 from afina.tasks.task import Batch, Rows, Task
 from afina.training import checkpoints
-from afina.training.batching import parts, shuffled_batches, sorted_batches
+from afina.training.batching import parts, shuffled_batches, sorted_batches, stretches
 from afina.training.engines.choose import make_engine
 from afina.training.engines.engine import Engine
 from afina.training.optimizers import make_optimizer, schedule_factor
@@ -36,6 +36,7 @@ from afina.training.recipe import TrainingOptions
 
 __all__ = ["Fitted", "fit", "make_engine", "predict"]
 
+_READ_ON_A_CPU = 2048  # tokens of a batch where nothing is learned; more leave the CPU's caches
 _PATIENCE = 3  # steps after which some adapter weight must have changed
 
 
@@ -78,7 +79,11 @@ def fit(
     task.label_smoothing = options.label_smoothing
     best_by = options.best or next(iter(task.figures))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    steps_per_epoch = math.ceil(len(train.features) / options.rows)
+
+    def batches_of(epoch: int) -> list[list[int]]:
+        return shuffled_batches(train.lengths, options.rows, seed=options.seed, epoch=epoch, tokens=options.batch_tokens)
+
+    steps_per_epoch = len(batches_of(1))  # of any other as well
     total_steps = steps_per_epoch * options.epochs
     between = max(1.0, options.evaluate_every * (steps_per_epoch if options.evaluate_unit == "epochs" else 1))
     best: dict[str, torch.Tensor] = {}
@@ -89,7 +94,7 @@ def fit(
         raise TrainingError(f"--resume: {folder} has no checkpoint to go on from; leave --resume out")
     saved: dict[str, Any] = {}
     same = {"training rows": _fingerprint(train), "batch_size": options.batch_size, "seed": options.seed,
-            "optimizer": options.optimizer}  # fmt: skip
+            "optimizer": options.optimizer, "batch_tokens": options.batch_tokens}  # fmt: skip
     if last is not None:
         state, saved, best = checkpoints.load(last, trained)
         _stop_unless_same(state["same"], same, last)
@@ -133,7 +138,7 @@ def fit(
         while result.steps < total_steps and not (options.patience and waited >= options.patience):
             epoch, position = divmod(result.steps, steps_per_epoch)
             if not position or not batches:
-                batches = shuffled_batches(train.lengths, options.rows, seed=options.seed, epoch=epoch + 1)
+                batches = batches_of(epoch + 1)
             model.train()
             chance = checkpoints.random_states()
             while True:
@@ -218,7 +223,9 @@ def predict(
         with task.storage.arithmetic(engine.device) if exact else engine.autocast():
             return ask(model, batch)
 
-    waiting = sorted_batches(rows.lengths, batch_size)
+    most = batch_size * max(rows.lengths, default=0)  # which is what memory was planned for
+    most = min(most, _READ_ON_A_CPU) if engine.device.type == "cpu" else most
+    waiting = sorted_batches(rows.lengths, batch_size, tokens=0 if final else most)
     while waiting:
         chosen = waiting.pop(0)
         try:
@@ -227,9 +234,9 @@ def predict(
         except RuntimeError as error:
             if not is_out_of_memory(error) or len(chosen) == 1 or engine.sharded:
                 raise
-            batch, half = {}, -(-len(chosen) // 2)
+            batch = {}
             release(engine.device)
-            waiting = [rows[i : i + half] for rows in (chosen, *waiting) for i in range(0, len(rows), half)]
+            waiting = [half for rows in (chosen, *waiting) for half in stretches(rows, 2) if half]
             continue
         for i, answer in zip(chosen, made, strict=True):
             found[i] = answer
@@ -372,7 +379,7 @@ def _parts_of_step(task: Task, data: Rows, rows: list[int], count: int, engine: 
     """
     own = parts(rows, engine.processes)[engine.process]
     most = min(count, -(-len(rows) // engine.processes))
-    for part in parts(own, most):
+    for part in stretches(own, most):
         batch = task.collate([data.features[i] for i in part or rows[:1]])
         yield bool(part), {k: v.to(engine.device) for k, v in batch.items()}
 

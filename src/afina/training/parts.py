@@ -7,7 +7,6 @@ behind: no gradient, no drawn random number.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,7 +33,8 @@ def settle_parts(model: Any, task: Task, rows: Mapping[str, Rows], recipe: Recip
     The limit is `recipe.memory.limit`, or what is free; a tenth of it stays free.
     """
     options, device = recipe.training, engine.device
-    most = -(-options.rows // engine.processes)
+    longest = max(rows["train"].lengths)
+    most = options.at_once(longest, engine.processes)
     trained = [p for p in model.parameters() if p.requires_grad]
     later = sum(p.numel() for p in trained) * _OPTIMIZER[options.optimizer]  # not there yet while this is measured
     release(device)
@@ -82,10 +82,11 @@ def settle_parts(model: Any, task: Task, rows: Mapping[str, Rows], recipe: Recip
     if engine.processes > 1:
         size = min(engine.gather(size))
         options.evaluation_batch_size = min(engine.gather(options.evaluation_batch_size))
-    options.gradient_accumulation = math.ceil(most / size)
+    options.gradient_accumulation = options.parts_for(size, longest, engine.processes)
     return [
-        f"measured with the longest rows: {size} of the {options.rows} rows of a step fit at once ({shown_size(peak)} of "
-        f"{shown_size(limit)}), so a step is computed in {counted(options.gradient_accumulation, 'part')}; evaluation reads "
+        f"measured with the longest rows: {size} of the {options.at_once(longest, 1)} rows of a step fit at once "
+        f"({shown_size(peak)} of {shown_size(limit)}), so a step is computed in "
+        f"{counted(options.gradient_accumulation, 'part')}; evaluation reads "
         f"{options.evaluation_batch_size} rows at once"
     ]
 

@@ -9,7 +9,6 @@ one that knows a single word.
 from __future__ import annotations
 
 import copy
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -71,14 +70,18 @@ class Planner:
     notes: list[str] = field(default_factory=list)
     process: int = field(default_factory=resident)  # bytes of the process without the model
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest training row."""
+        return _length(self.features["train"][0])
+
     def plan(self, recipe: Recipe) -> Footprint:
         """The footprint of a run with these settings, of one process. `training.gradient_accumulation` may not be auto."""
         options, memory, engine = recipe.training, recipe.memory, recipe.distributed
         model, task = self.adapted(memory.weights)
         lean_step(model, torch.device("cpu"), gradient_checkpointing=memory.gradient_checkpointing)
         assert isinstance(options.gradient_accumulation, int)
-        share = math.ceil(options.rows / self.processes)
-        at_once = math.ceil(share / options.gradient_accumulation)
+        at_once = options.at_once(self.longest, self.processes * options.gradient_accumulation)
         wide = model.get_base_model().get_input_embeddings().weight.shape[0]
         batches = [
             task.collate(self.features[side][:count])
@@ -245,7 +248,6 @@ def planner_of(
     limit = task.limit(base) - int(getattr(config, "num_virtual_tokens", None) or 0)
     if recipe.training.max_length is not None and recipe.training.max_length > limit:
         raise ConfigError(f"training.max_length={recipe.training.max_length}: {recipe.model} takes at most {limit} tokens")
-    most = max(recipe.training.rows, recipe.training.read_at_once)
     everything = [e for examples in sides.values() for e in examples]
     encode = task.encode if notes else partial(encoded_once, task)
     made = encode(everything, recipe.training.max_length, limit).features
@@ -255,7 +257,9 @@ def planner_of(
     for name, side in (("train", "train"), ("evaluate", largest)):
         first = ends[side] - len(sides[side])
         own = [f for f in made if first <= f["row"] < ends[side]]
-        features[name] = sorted(own, key=_length, reverse=True)[:most]
+        own = sorted(own, key=_length, reverse=True)
+        most = max(recipe.training.at_once(_length(own[0]), 1), recipe.training.read_at_once)
+        features[name] = own[:most]
         if notes:  # as many as are asked for
             features[name] = [own[i % len(own)] for i in range(most)]
     said = list(notes)

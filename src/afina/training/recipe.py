@@ -11,6 +11,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,10 @@ class TrainingOptions:
     batch_size: int | str = option(
         DEFAULT_BATCH, f"rows of one step, over all processes; auto: {DEFAULT_BATCH}, in as many parts as memory asks for"
     )
+    batch_tokens: int = option(
+        0, "tokens of one step, padding included, instead of batch_size: many short rows or few long ones, each with its "
+        "share of the step; 0: a step is batch_size rows", low=0,
+    )  # fmt: skip
     gradient_accumulation: int | str = option(
         1, "parts a step is computed in, to save memory; changes no result; auto: as few as fit, by measuring"
     )
@@ -99,9 +104,22 @@ class TrainingOptions:
 
     @property
     def rows(self) -> int:
-        """Rows of a step, over all processes; `Recipe.check` has made a number of what was asked."""
+        """Rows of a step, over all processes; `Recipe.check` has made a number of what was asked. See `batch_tokens`."""
         assert isinstance(self.batch_size, int)
         return self.batch_size
+
+    def at_once(self, longest: int, pieces: int) -> int:
+        """Rows of the largest of the pieces that a step is computed in, by parts and processes. With `batch_tokens`, as many
+        rows of `longest` tokens as take no less than any piece."""
+        if not self.batch_tokens:
+            return -(-self.rows // pieces)
+        rows = max(self.batch_tokens // longest - 1, 0) // pieces + 1  # of a piece, where all rows are the longest
+        shorter = self.batch_tokens // (pieces * rows + 1)  # tokens of the longest rows of which a piece has one more
+        return rows + ((rows + 1) * shorter > rows * longest)
+
+    def parts_for(self, rows: int, longest: int, processes: int) -> int:
+        """The fewest parts of a step of which none is larger than `rows` rows of `longest` tokens."""
+        return next(parts for parts in count(1) if self.at_once(longest, parts * processes) <= rows)
 
     @property
     def read_at_once(self) -> int:
@@ -191,12 +209,12 @@ class Recipe:
             if (key, value) != ("gradient_accumulation", "auto") and (type(value) is not int or value < 1):
                 problems.add(f"{spell(f'training.{key}')}={value!r}: expected a number of at least 1, or auto")
                 setattr(options, key, 1)
-        rows, count = options.batch_size, options.gradient_accumulation
-        if count != "auto" and options.evaluation_batch_size is None:
+        rows, parts = options.batch_size, options.gradient_accumulation
+        if parts != "auto" and options.evaluation_batch_size is None:
             options.evaluation_batch_size = options.read_at_once
-        if isinstance(rows, int) and isinstance(count, int) and rows < count:
+        if not options.batch_tokens and isinstance(rows, int) and isinstance(parts, int) and rows < parts:
             problems.add(
-                f"{spell('training.gradient_accumulation')}={count}: a step of {rows} rows ({spell('training.batch_size')}) "
+                f"{spell('training.gradient_accumulation')}={parts}: a step of {rows} rows ({spell('training.batch_size')}) "
                 "has no more parts than that"
             )
         if options.trunk_cache != "off":

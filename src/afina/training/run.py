@@ -214,6 +214,7 @@ def _prepared(
     recipe.training.max_length = encoded.max_length
     _check_truncation(encoded, len(everything), recipe, spell, limit)
     rows = shared.once("sides", about, lambda: _sides(splits, encoded))
+    _check_tokens(rows["train"], recipe, spell)
     return Run(
         recipe, output or Path(), source, task, model, rows, done, columns, notes, encoded, precision, overwrite, resume,
         from_step, choice, shared, about,
@@ -489,6 +490,16 @@ def _check_truncation(encoded: Encoded, texts: int, recipe: Recipe, spell: Calla
             f"{encoded.truncated} of {texts} texts ({share:.0%}) are longer than {encoded.max_length} tokens and "
             f"would be cut off; {spell('training.max_truncated')} allows {recipe.training.max_truncated:.0%}: {cure}, or "
             "allow more"
+        )
+
+
+def _check_tokens(train: Rows, recipe: Recipe, spell: Callable[[str], str]) -> None:
+    """A row has to fit into a step that is counted in tokens."""
+    tokens, longest = recipe.training.batch_tokens, max(train.lengths, default=0)
+    if tokens and longest > tokens:
+        raise ConfigError(
+            f"{spell('training.batch_tokens')}={tokens}: the longest training row has {longest} tokens; take at least that, "
+            f"or cut rows by {spell('training.max_length')}"
         )
 
 

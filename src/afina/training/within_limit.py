@@ -220,7 +220,8 @@ class _Search:
         return made
 
     def _share(self, recipe: Recipe) -> int:
-        return max(self.least, math.ceil(recipe.training.rows / self.planner.processes))
+        planner = self.planner
+        return max(self.least, recipe.training.parts_for(1, planner.longest, planner.processes))
 
     def _grown(self, start: Recipe, small: Recipe, one: Footprint, *, tried: bool) -> Choice:
         """As many rows at once as fit, and as many read; `tried` where the whole step was."""
@@ -247,7 +248,7 @@ class _Search:
     def _note(self, added: str, recipe: Recipe, footprint: Footprint) -> bool:
         parts, fits = recipe.training.gradient_accumulation, footprint.total <= self.budget
         assert isinstance(parts, int)
-        rows = math.ceil(math.ceil(recipe.training.rows / self.planner.processes) / parts)
+        rows = recipe.training.at_once(self.planner.longest, self.planner.processes * parts)
         self.tried.append(Tried(added, rows, recipe.training.read_at_once, footprint, fits))
         return fits
 
