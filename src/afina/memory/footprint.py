@@ -13,6 +13,7 @@ __all__ = ["TITLES", "Footprint", "Moment", "divided", "titled"]
 
 TITLES = {
     "process": "Python and its libraries",
+    "ready": "frozen weights as they are computed with",
     "adapters": "adapters",
     "gradients": "gradients",
     "optimizer": "optimizer",

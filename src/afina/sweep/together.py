@@ -92,7 +92,9 @@ def train_together(
         for name in list(turns):
             go_on(name)
         if turns:
-            used.enter_context(fast_path(joined.model, first.task, first.rows, first.recipe.training, engine))
+            spare = not first.recipe.memory.tight
+            options = first.recipe.training
+            used.enter_context(fast_path(joined.model, first.task, first.rows, options, engine, spare=spare))
         while turns:
             if signals.seen:
                 for name in list(turns):

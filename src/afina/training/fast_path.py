@@ -2,8 +2,9 @@
 
 Two things are looked for. Blocks in and before which nothing is trained give the same hidden states in every epoch: they
 are computed once a row and kept on the disk (`fast/trunk.py`). A last block that is read at one position alone is computed
-there alone (`fast/last_position.py`). Each is tried with real rows first, and only what gives the same is used. Attention in
-bfloat16 on a CPU goes back by plain products (`fast/attention.py`).
+there alone (`fast/last_position.py`). Each is tried with real rows first, and only what gives the same is used. Frozen
+weights are held in the type that is computed in (`memory/ready.py`). Attention in bfloat16 on a CPU goes back by plain
+products (`fast/attention.py`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from afina.fast.blocks import Stack, find_stack
 from afina.fast.last_position import narrowed, position_read
 from afina.fast.states import States
 from afina.fast.trunk import Trunk
+from afina.memory.measure import available
+from afina.memory.ready import ready_bytes, ready_weights
 from afina.memory.sizes import parse_size, shown_size
 from afina.tasks.task import Batch, Rows, Task
 from afina.training import checkpoints
@@ -37,6 +40,7 @@ __all__ = ["fast_path"]
 
 _KNOWN: dict[int, tuple[weakref.ref[torch.Tensor], int, bytes]] = {}  # hashes of tensors by their id
 _PROBED = 4  # rows that are tried
+_ROOM = 0.25  # of the free memory, for copies of frozen weights
 _FILLED = 4096  # tokens whose states are computed at once, where reading takes as many
 _CLOSE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of logits, relative to the largest
 
@@ -44,14 +48,14 @@ _CLOSE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of 
 @contextmanager
 def fast_path(
     model: Any, task: Task, rows: Mapping[str, Rows], options: TrainingOptions, engine: Engine,
-    say: Callable[[str], None] = lambda sentence: None,
+    say: Callable[[str], None] = lambda sentence: None, *, spare: bool = True,
 ) -> Iterator[list[str]]:  # fmt: skip
     """Inside the block the model runs as fast as it can without changing what is learned; gives what was found.
 
     With `frozen_dropout: keep` the blocks below what is trained draw as ever, and nothing is computed once. `say` is told of
-    work that takes a while.
+    work that takes a while. `spare`: time may be bought with memory.
     """
-    notes = list[str]()
+    notes, known = list[str](), list[Any]()
     chance = checkpoints.random_states()
     train = rows["train"]
     order = sorted(range(len(train.features)), key=lambda i: train.lengths[i])
@@ -71,9 +75,12 @@ def fast_path(
         else:
             _last(model, task, stack, probe, engine, used, notes)
             if stack.depth:
-                _first(task, model, stack, rows, options, engine, call, used, notes, say)
+                if _first(task, model, stack, rows, options, engine, call, used, notes, say):
+                    known = list(stack.blocks[: stack.depth])
             else:
                 notes.append("something is trained in or before the first block, so every block is computed in every step")
+        if spare and not engine.sharded:
+            _ready(model, engine, known, used, notes, call)
         products = used.enter_context(short_attention()) if _is_narrow(engine) else None
         checkpoints.set_random_states(chance)
         yield notes
@@ -87,50 +94,79 @@ def _is_narrow(engine: Engine) -> bool:
     return engine.device.type == "cpu" and engine_dtype(engine) == torch.bfloat16
 
 
+# --- frozen weights
+
+
+def _ready(
+    model: Any, engine: Engine, known: Sequence[Any], used: ExitStack, notes: list[str], call: Callable[[], torch.Tensor]
+) -> None:
+    """Hold frozen weights in the type of the arithmetic, where there is room; `known` are blocks that are not computed."""
+    dtype = engine_dtype(engine)
+    size, free = ready_bytes(model, dtype, without=known), available(engine.device)
+    if not size:
+        return
+    if size > free * _ROOM:
+        notes.append(
+            f"frozen weights are cast to {engine.precision} in every step: copies would take {shown_size(size)}, "
+            f"more than a quarter of the {shown_size(free)} that are free"
+        )
+        return
+    with torch.no_grad():
+        expected = call()
+        try:
+            with ready_weights(model, dtype, without=known):
+                same = torch.equal(call(), expected)
+        except RuntimeError:
+            same = False
+    if same:
+        used.enter_context(ready_weights(model, dtype, without=known))
+        notes.append(f"frozen weights are held in {engine.precision}, not cast in every step ({shown_size(size)} of memory)")
+    else:
+        notes.append(f"frozen weights are cast to {engine.precision} in every step: with copies answers would differ")
+
+
 # --- the first blocks
 
 
 def _first(
     task: Task, model: Any, stack: Stack, rows: Mapping[str, Rows], options: TrainingOptions, engine: Engine,
     call: Callable[[], torch.Tensor], used: ExitStack, notes: list[str], say: Callable[[str], None],
-) -> None:  # fmt: skip
-    """Still the trunk, and keep its states where there is room for them."""
+) -> bool:  # fmt: skip
+    """Still the trunk, and keep its states where there is room for them; says whether it is computed no more."""
     frozen = f"the first {stack.depth} of {len(stack.blocks)} blocks are frozen"
     if options.frozen_dropout == "keep":
         notes.append(f"{frozen} and computed in every step (training.frozen_dropout=keep)")
-        return
+        return False
     tokens = sum(rows["train"].lengths) + sum(rows["validation"].lengths)
     width = next((p.shape[-1] for p in stack.blocks[0].parameters() if p.dim() == 1), 0)
     size = tokens * width * 4
     limit = 0 if options.trunk_cache == "off" else parse_size(options.trunk_cache)
     place = cache_folder("trunk")
 
-    def every_step(why: str) -> None:
+    def every_step(why: str) -> bool:
         used.enter_context(Trunk(stack, None).used())
         notes.append(f"{frozen}, without dropout, and computed in every step ({why}; {shown_size(size)} would be needed)")
+        return False
 
     if place is None or size > limit:
-        every_step("AFINA_CACHE=off" if place is None else f"training.trunk_cache={options.trunk_cache}")
-        return
+        return every_step("AFINA_CACHE=off" if place is None else f"training.trunk_cache={options.trunk_cache}")
     inside = used.enter_context(ExitStack())
     try:
         folder = place / _name(stack, engine)
         _make_room(place, folder, limit - size)
         trunk = Trunk(stack, States(folder, limit))
         if (free := shutil.disk_usage(folder).free + trunk.size) < size:
-            every_step(f"{folder.parent} has room for {shown_size(free)}")
-            return
+            return every_step(f"{folder.parent} has room for {shown_size(free)}")
         inside.enter_context(trunk.used())
         if not trunk.fits(call):
             inside.close()
-            every_step("what was kept of them did not give the same")
-            return
+            return every_step("what was kept of them did not give the same")
         before = _fill(task, model, stack, trunk, rows, options, engine, say)
     except OSError as error:
         inside.close()
-        every_step(f"{place} cannot be written: {error.strerror or error}")
-        return
+        return every_step(f"{place} cannot be written: {error.strerror or error}")
     notes.append(f"{frozen}, without dropout, and computed once a row{before} ({shown_size(size)} on the disk)")
+    return "pair_ids" not in rows["train"].features[0]
 
 
 def _fill(

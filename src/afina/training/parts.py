@@ -14,7 +14,9 @@ import torch
 
 from afina.errors import TrainingError
 from afina.memory.measure import Peak, available, is_out_of_memory, measured, release
+from afina.memory.ready import ready_bytes
 from afina.memory.sizes import parse_size, shown_size
+from afina.memory.storage import FLOATS
 from afina.report.words import counted
 from afina.tasks.task import Rows, Task
 from afina.training import checkpoints
@@ -37,6 +39,8 @@ def settle_parts(model: Any, task: Task, rows: Mapping[str, Rows], recipe: Recip
     most = options.at_once(longest, engine.processes)
     trained = [p for p in model.parameters() if p.requires_grad]
     later = sum(p.numel() for p in trained) * _OPTIMIZER[options.optimizer]  # not there yet while this is measured
+    if not (recipe.memory.tight or recipe.memory.activation_offload or engine.sharded):
+        later += ready_bytes(model, FLOATS[engine.precision])
     release(device)
     limit = parse_size(recipe.memory.limit) if recipe.memory.limit else _in_use(device) + available(device)
     budget = int(limit * (1 - _HEADROOM)) - later

@@ -35,6 +35,7 @@ from afina.memory.devices import allocator_of, autocast_of, backward, hidden_of,
 from afina.memory.footprint import Footprint, Moment, divided
 from afina.memory.loading import READ_BEFORE_TIDYING
 from afina.memory.measure import resident
+from afina.memory.ready import ready_bytes, ready_weights
 from afina.memory.step import lean_step
 from afina.memory.storage import FLOATS, Storage, settled_weights
 from afina.memory.trace import Trace, faked
@@ -93,13 +94,18 @@ class Planner:
             trained = _placed(trace, model)
             optimizer = _optimizer(trace, options.optimizer, trained, options.weight_decay)
             task.label_smoothing, several = options.label_smoothing, options.gradient_accumulation > 1
-            self._step(trace, model, task, trained, optimizer, batches[0], several=several)
+            with ready_weights(model, self._ready(recipe)) as copies:
+                trace.follow(copies, "ready")
+                self._step(trace, model, task, trained, optimizer, batches[0], several=several)
+            del copies
             self._read(trace, model, task, batches[1])
         weights = {k: v for k, v in trace.peak("").parts.items() if k.startswith("weights")}
-        tight = memory.limit is not None or memory.gradient_checkpointing
+        ready = ready_bytes(model, self._ready(recipe))
         moments = {"load": self._load(weights, model, task.storage)}
         for name, phases in (("train", ("forward", "backward", "step")), ("evaluate", ("evaluate",))):
-            parts = trace.peak(*phases, allocator=allocator_of(self.device, tight=tight)).parts
+            parts = trace.peak(*phases, allocator=allocator_of(self.device, tight=memory.tight)).parts
+            if name == "evaluate" and ready:  # rows are read between steps, too
+                parts["ready"] = ready
             if memory.activation_offload and self.device == "cuda" and "activations" in parts:
                 kept = {"activations": parts.pop("activations")}
             else:
@@ -109,6 +115,12 @@ class Planner:
             moments[name] = Moment(on_device, {**host, **kept})
         self._surroundings(moments)
         return Footprint(self.device, moments, list(self.notes))
+
+    def _ready(self, recipe: Recipe) -> torch.dtype:
+        """The type in which frozen weights are held ready; float32: they are not."""
+        memory = recipe.memory
+        spare = recipe.distributed.engine == "ddp" and not (memory.tight or memory.activation_offload)
+        return FLOATS[self.precision] if spare else torch.float32
 
     def adapted(self, weights: str) -> tuple[Any, Task]:
         """The adapted model on the meta device, its frozen weights stored as said, and a task that belongs to it."""

@@ -144,6 +144,11 @@ class MemoryOptions:
     )
     activation_offload: bool = option(False, "keep what backward needs in the host's memory, where the device is a GPU")
 
+    @property
+    def tight(self) -> bool:
+        """Whether memory counts for more than time."""
+        return self.limit is not None or self.gradient_checkpointing
+
 
 @dataclasses.dataclass
 class DistributedOptions:

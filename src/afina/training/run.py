@@ -204,7 +204,7 @@ def _prepared(
     notes += lean_step(
         model, device, gradient_checkpointing=recipe.memory.gradient_checkpointing,
         activation_offload=recipe.memory.activation_offload, spell=spell,
-        tight=recipe.memory.limit is not None or recipe.memory.gradient_checkpointing,
+        tight=recipe.memory.tight,
     )  # fmt: skip
     notes += task.paths(model)
     recipe.resolve_method(model.peft_config["default"])
@@ -304,7 +304,8 @@ class Run:
                 if engine.main:
                     self._write_recipe()
             began = time.perf_counter()
-            with fast_path(self.model, self.task, self.rows, options, engine, say) as found:
+            spare = not (self.recipe.memory.tight or self.recipe.memory.activation_offload)
+            with fast_path(self.model, self.task, self.rows, options, engine, say, spare=spare) as found:
                 ready = time.perf_counter() - began
                 fitted = fit(
                     self.model, self.task, self.rows["train"], self.rows["validation"], options, engine, self.output,
