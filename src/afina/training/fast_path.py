@@ -3,8 +3,8 @@
 Two things are looked for. Blocks in and before which nothing is trained give the same hidden states in every epoch: they
 are computed once a row and kept on the disk (`fast/trunk.py`). A last block that is read at one position alone is computed
 there alone (`fast/last_position.py`). Each is tried with real rows first, and only what gives the same is used. Frozen
-weights are held in the type that is computed in (`memory/ready.py`). Attention in bfloat16 on a CPU goes back by plain
-products (`fast/attention.py`).
+weights are held in the type that is computed in (`memory/ready.py`). On a CPU attention in bfloat16 goes back by plain
+products (`fast/attention.py`), and dropout draws fewer bits (`fast/dropout.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 
 from afina.fast.attention import short_attention
 from afina.fast.blocks import Stack, find_stack
+from afina.fast.dropout import quick_dropout
 from afina.fast.last_position import narrowed, position_read
 from afina.fast.states import States
 from afina.fast.trunk import Trunk
@@ -81,6 +82,7 @@ def fast_path(
                 notes.append("something is trained in or before the first block, so every block is computed in every step")
         if spare and not engine.sharded:
             _ready(model, engine, known, used, notes, call)
+        used.enter_context(quick_dropout())
         products = used.enter_context(short_attention()) if _is_narrow(engine) else None
         checkpoints.set_random_states(chance)
         yield notes

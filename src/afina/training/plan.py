@@ -30,6 +30,7 @@ from afina.data.example import Example
 from afina.data.sources import read_rows
 from afina.errors import ConfigError, Problems
 from afina.fast.attention import short_attention
+from afina.fast.dropout import quick_dropout
 from afina.functions import get_peft_model
 from afina.memory.devices import allocator_of, autocast_of, backward, hidden_of, kernels_of, overhead_of
 from afina.memory.footprint import Footprint, Moment, divided
@@ -90,7 +91,8 @@ class Planner:
         ]
         trace = Trace(hidden=hidden_of(self.device), wide=wide)
         products = short_attention() if self.device == "cpu" and self.precision == "bf16" else nullcontext()
-        with kernels_of(self.device), products, trace:
+        drawn = quick_dropout() if self.device == "cpu" else nullcontext()
+        with kernels_of(self.device), products, drawn, trace:
             trained = _placed(trace, model)
             optimizer = _optimizer(trace, options.optimizer, trained, options.weight_decay)
             task.label_smoothing, several = options.label_smoothing, options.gradient_accumulation > 1

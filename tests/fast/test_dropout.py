@@ -1,0 +1,72 @@
+"""Dropout from fewer bits: the rate, the mean and the gradient of dropout, and masks that follow from torch's generator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from afina.core.dropout import keep_mask
+from afina.fast.dropout import quick_dropout
+
+
+@pytest.mark.parametrize("p", [0.1, 0.37])
+@pytest.mark.parametrize("shape", [(53, 61, 97), (313_001,)])
+def test_rate_and_independence(p, shape):
+    torch.manual_seed(0)
+    kept, factor = keep_mask(torch.empty(shape), p)
+    assert kept.shape == shape
+    share = kept.double()
+    n, deviation = kept.numel(), (p * (1 - p)) ** 0.5
+    assert abs(float(share.mean()) - (1 - p)) < 5 * deviation / n**0.5
+    flat = (share.flatten() - (1 - p)) / deviation
+    for step in (1, 2, 3, 4, 8):
+        assert abs(float((flat[:-step] * flat[step:]).mean())) < 5 / n**0.5
+    assert factor == pytest.approx(1 / (1 - p), rel=1e-4)
+    again, _ = keep_mask(torch.empty(shape), p)
+    assert abs(float((flat * (again.double().flatten() - (1 - p)) / deviation).mean())) < 5 / n**0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_drops_as_torch_does_but_for_the_numbers(dtype):
+    layer, x = nn.Dropout(0.25), torch.randn(7, 11, 13).to(dtype).requires_grad_()
+    with quick_dropout():
+        torch.manual_seed(3)
+        y = layer(x)
+        g = torch.randn_like(y)
+        (dx,) = torch.autograd.grad(y, x, g)
+        torch.manual_seed(3)
+        assert torch.equal(layer(x), y)
+        assert not torch.equal(layer(x), y)
+        assert torch.equal(layer.eval()(x), x)
+    kept = y != 0
+    lift = torch.tensor(1 / 0.75).to(dtype)
+    torch.testing.assert_close(y, torch.where(kept, x * lift, torch.zeros((), dtype=dtype)), rtol=2e-2, atol=0)
+    torch.testing.assert_close(dx, torch.where(kept, g * lift, torch.zeros((), dtype=dtype)), rtol=2e-2, atol=0)
+
+
+def test_ends_of_the_range_and_second_derivatives():
+    x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    with quick_dropout():
+        assert torch.equal(F.dropout(x, 1.0), torch.zeros_like(x))
+        assert torch.equal(F.dropout(x, 0.0), x)
+        with pytest.raises(ValueError, match="probability"):
+            F.dropout(x, 1.5)
+
+        def dropped(x):
+            torch.manual_seed(5)
+            return F.dropout(x, 0.4).pow(3)
+
+        assert torch.autograd.gradcheck(dropped, (x,))
+        assert torch.autograd.gradgradcheck(dropped, (x,))
+
+
+def test_blocks_may_be_left_in_any_order():
+    own, one, two = F.dropout, quick_dropout(), quick_dropout()
+    one.__enter__()
+    two.__enter__()
+    one.__exit__(None, None, None)
+    assert F.dropout is not own
+    two.__exit__(None, None, None)
+    assert F.dropout is own
