@@ -12,7 +12,8 @@ from torch.nn.functional import linear
 import afina
 from afina.core import lowrank
 from afina.core.dropout import drop, keep_mask
-from afina.core.lowrank import low_rank_linear
+from afina.core.lowrank import LowRank, low_rank_linear
+from afina.core.report import passes
 
 SHAPES = [(5,), (3, 5), (0, 5), (2, 3, 5)]
 
@@ -28,9 +29,9 @@ def test_it_is_the_plain_formula(shape: tuple[int, ...], with_bias: bool) -> Non
     x, weight, down, up, bias = tensors(shape, (7, 5), (2, 5), (7, 2), (7,))
     weight, bias = weight.detach(), bias.detach() if with_bias else None
     plain = linear(x, weight, bias) + linear(linear(x, down), up) * 0.7
-    fused = low_rank_linear(x, weight, bias, down, up, 0.7)
+    fused = low_rank_linear(x, LowRank(weight, bias, down, up, None, 0.7))
     with torch.no_grad():
-        torch.testing.assert_close(low_rank_linear(x, weight, bias, down, up, 0.7), plain)
+        torch.testing.assert_close(low_rank_linear(x, LowRank(weight, bias, down, up, None, 0.7)), plain)
     torch.testing.assert_close(fused, plain)
     g = torch.randn_like(plain)
     expected, found = (torch.autograd.grad(y, (x, down, up), g) for y in (plain, fused))
@@ -44,7 +45,7 @@ def test_second_derivatives(p: float) -> None:
 
     def seeded(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(0)
-        return low_rank_linear(x, weight, None, down, up, 0.7, p)
+        return low_rank_linear(x, LowRank(weight, None, down, up, None, 0.7, p))
 
     assert torch.autograd.gradgradcheck(seeded, (x, down, up))
 
@@ -55,7 +56,7 @@ def test_only_what_needs_a_gradient_gets_one(needed: tuple[int, ...]) -> None:
     inputs = [x, down, up]
     for i, tensor in enumerate(inputs):
         tensor.requires_grad_(i in needed)
-    low_rank_linear(x, weight.detach(), None, down, up, 0.7).sum().backward()
+    low_rank_linear(x, LowRank(weight.detach(), None, down, up, None, 0.7)).sum().backward()
     assert [i for i, tensor in enumerate(inputs) if tensor.grad is not None] == list(needed)
 
 
@@ -68,7 +69,7 @@ def test_dropout_acts_on_the_input_of_the_product_alone(grad: bool) -> None:
     expected = linear(x, weight) + linear(linear(x * kept * factor, down), up) * 0.7
     torch.manual_seed(0)
     with torch.set_grad_enabled(grad):
-        found = low_rank_linear(x, weight, None, down, up, 0.7, 0.3)
+        found = low_rank_linear(x, LowRank(weight, None, down, up, None, 0.7, 0.3))
     torch.testing.assert_close(found, expected)
     if grad:
         g = torch.randn_like(found)
@@ -118,18 +119,21 @@ def adapted(**options: Any) -> tuple[Any, nn.Module]:
     return model, model.base_model.model.lin.base_layer
 
 
+def base_of(model: Any) -> Any:
+    return model.base_model.model.lin
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts the uses of the fused node."""
-    from afina.methods import lora
-
     made: list[int] = []
+    apply = lowrank._apply
 
     def counted(*args: Any) -> torch.Tensor:
         made.append(1)
-        return low_rank_linear(*args)
+        return apply(*args)
 
-    monkeypatch.setattr(lora, "low_rank_linear", counted)
+    monkeypatch.setattr(lowrank, "_apply", counted)
     return made
 
 
@@ -168,8 +172,6 @@ def test_a_layer_that_may_do_more_is_called(change: Any, calls: list[int]) -> No
 def test_under_autocast_it_is_the_plain_formula_in_the_type_of_autocast(
     stored: torch.dtype, given: torch.dtype, p: float, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from afina.methods import lora
-
     model, base = adapted(lora_dropout=p)
     base.to(stored)
     x = torch.randn(2, 3, 5).to(given).requires_grad_()
@@ -182,7 +184,8 @@ def test_under_autocast_it_is_the_plain_formula_in_the_type_of_autocast(
         parameters = [q for q in model.parameters() if q.requires_grad]
         found.append((y.float(), *(g.float() for g in torch.autograd.grad(y.float().square().sum(), [x, *parameters]))))
         assert all(q.dtype == torch.float32 for q in parameters)
-        monkeypatch.setattr(lora, "fused_dtype", lambda x, weight: None)
+        monkeypatch.setattr(type(base_of(model)), "low_rank", lambda self, active: None)
+        monkeypatch.setattr(type(base_of(model).adapters["default"]), "low_rank", lambda self: None)
     assert len(calls) == 1
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=0.02, atol=0.03 * float(other.detach().abs().max()))
@@ -257,3 +260,56 @@ def test_it_needs_one_dtype_or_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert lowrank.fused_dtype(half, full) == lowrank.fused_dtype(full, half) == torch.bfloat16
         assert lowrank.fused_dtype(full.double(), full) is None
+
+
+# --- a trained bias beside the product
+
+
+def test_a_trained_bias_is_part_of_the_node(calls: list[int]) -> None:
+    model, _ = adapted(lora_bias=True)
+    x = torch.randn(3, 5)
+    with torch.no_grad():
+        model.base_model.model.lin.adapters["default"].lora_bias.normal_()
+    y = model(x)
+    assert len(calls) == 1
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), y)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_the_derivatives_of_a_trained_bias(with_bias: bool) -> None:
+    x, weight, down, up, bias, shift = tensors((2, 3, 5), (7, 5), (2, 5), (7, 2), (7,), (7,))
+    weight, bias = weight.detach(), bias.detach() if with_bias else None
+
+    def node(*inputs: torch.Tensor) -> torch.Tensor:
+        x, down, up, shift = inputs
+        return low_rank_linear(x, LowRank(weight, bias, down, up, shift, 0.7))
+
+    plain = linear(x, weight, bias) + (linear(linear(x, down), up) + shift) * 0.7
+    torch.testing.assert_close(node(x, down, up, shift), plain)
+    assert torch.autograd.gradcheck(node, (x, down, up, shift))
+
+
+# --- what is told
+
+
+def test_hooks_on_the_adapted_layer_see_one_call() -> None:
+    model, _ = adapted()
+    seen: list[torch.Size] = []
+    model.base_model.model.lin.register_forward_hook(lambda module, args, y: seen.append(y.shape))
+    model(torch.randn(3, 5))
+    assert seen == [(3, 7)]
+
+
+def test_t35_each_layer_tells_which_way_it_is_computed() -> None:
+    model, base = adapted()
+    assert passes(model.adapters) == {"lin": ""}
+    model.add_adapter("other", afina.LoraConfig(r=2, target_modules=["lin"]))
+    model.adapters.set_active(["default", "other"])
+    assert passes(model.adapters) == {"lin": "2 adapters act on it"}
+    model.set_adapter("default")
+    hooked(base)
+    assert passes(model.adapters) == {"lin": "Linear computes in its own way"}
+    model.add_adapter("third", afina.HRAConfig(r=2, target_modules=["lin"]))
+    model.set_adapter("third")
+    assert passes(model.adapters) == {"lin": "HRA on a layer of kind linear has no such form"}

@@ -251,8 +251,11 @@ def test_t35_layers_that_go_the_slower_way_are_told():
     assert slower_layers(adapted("llama", target_modules="all-linear")) == []
     assert slower_layers(adapted("gpt2")) == []
     model = adapted("gpt2", lora_bias=True)
+    assert slower_layers(model) == []
+    model.add_adapter("other", afina.LoraConfig(r=2))
+    model.adapters.set_active(["default", "other"])
     assert slower_layers(model) == [
-        "2 of 2 LoRA layers take the slower path, not fused with their layer (2: lora_bias)"
+        "2 of 2 LoRA layers take the slower path, not fused with their layer (2: 2 adapters act on it)"
     ]
     model = adapted("llama", target_modules=["q_proj", "v_proj"])
     layer = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer

@@ -14,6 +14,7 @@ from torch import nn
 
 from afina.core.adapter import Adapter, Base, Chain, SavedModule
 from afina.core.layers import LayerView, ParameterView, view_of
+from afina.core.lowrank import LowRank, fused_dtype, low_rank_linear
 from afina.core.mixed import forward_together
 from afina.core.runtime import Rows, Runtime
 from afina.errors import MergeError
@@ -36,6 +37,7 @@ class AdaptedLayer(nn.Module):
         self.view = view if view is not None else view_of(base_layer)
         self.merged: tuple[str, ...] = ()
         self.chosen: tuple[Any, ...] = ()  # the adapters of `runtime.chosen` that are on this layer
+        self.fusable = False  # whether an adapter may be no more than a low-rank product
         self._kept: dict[str, Any] | None = None  # the stored form from before a merge
         self._kept_layer: nn.Module | None = None  # the layer from before a merge that put a module in its place
         self.first = _first_argument(type(base_layer))  # type: ignore[arg-type]
@@ -67,6 +69,7 @@ class AdaptedLayer(nn.Module):
             adapter = Chain([*links, adapter])  # type: ignore[list-item]
         adapter.train(self.training)
         self.adapters[name] = adapter
+        self.fusable |= type(adapter).low_rank is not Adapter.low_rank
 
     # --- forward
 
@@ -76,7 +79,33 @@ class AdaptedLayer(nn.Module):
             return self.base_layer(*args, **kwargs)
         if state.rows is not None:
             return self._forward_rows(state.rows, args, kwargs)
+        if self.fusable and len(args) == 1 and not kwargs and (y := self._forward_fused(args[0], state.active)) is not None:
+            return y
         return self._forward_stack(state.active, args, kwargs)
+
+    def _forward_fused(self, x: Any, active: Sequence[str]) -> torch.Tensor | None:
+        """The output in one operation, where the layer and what acts on it are no more than two products."""
+        if torch.compiler.is_compiling():  # the compiler fuses by itself
+            return None
+        own = self.low_rank(active)
+        dtype = None if own is None else fused_dtype(x, own.weight)
+        if own is None or dtype is None:
+            return None
+        return low_rank_linear(x, own, dtype)
+
+    def low_rank(self, active: Sequence[str]) -> LowRank | None:
+        """The layer and what acts on it, where these are no more than a product and a low-rank product."""
+        held, acting = self._modules["adapters"]._modules, None  # type: ignore[union-attr]
+        for name in active:
+            if (adapter := held.get(name)) is not None and name not in self.merged:
+                if acting is not None:
+                    return None
+                acting = adapter
+        beside = None if acting is None else acting.low_rank()  # type: ignore[operator]
+        if beside is None or self._modules["base_layer"] is not self.view.layer:
+            return None
+        product = self.view.product()
+        return None if product is None else LowRank(*product, *beside)
 
     def choose(self, names: Sequence[str]) -> None:
         """Have the adapters of these names in `chosen`."""

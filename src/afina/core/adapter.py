@@ -166,6 +166,10 @@ class Adapter(nn.Module):
         """The activation view."""
         raise NotImplementedError
 
+    def low_rank(self) -> tuple[Any, ...] | None:
+        """What `lowrank.LowRank` says of an adapter, from `down` on, where that is all it adds to the layer."""
+        return None
+
     def merge_into(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Weights:
         """The weight view: canonical weight and bias to the merged ones, in the dtype they come in."""
         raise MergeError(f"{type(self).__name__} cannot be merged into a layer")

@@ -1,16 +1,18 @@
-"""What an adapted model looks like: a table of every weight-bearing module, and the card of a saved adapter."""
+"""What an adapted model looks like: a table of every weight-bearing module, which way each adapted layer is computed, and
+the card of a saved adapter."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
+from afina.core.adapted import AdaptedLayer
 from afina.core.adapter import Chain, SavedModule
 from afina.core.codecs import logical_numel
 from afina.core.injection import AdapterSet
 from afina.core.registry import method_for
 
-__all__ = ["card", "table"]
+__all__ = ["card", "passes", "table"]
 
 
 def table(adapters: AdapterSet) -> str:
@@ -58,6 +60,28 @@ def _state(adapters: AdapterSet, path: str, name: str) -> str:
                 new = ", newly initialised" if outer in adapters.injected[adapter_name].new else ""
                 said.append(f"trained whole{new} ({adapter_name})")
     return ", ".join(said) or "frozen"
+
+
+def passes(adapters: AdapterSet) -> dict[str, str]:
+    """For each adapted layer that something acts on, why it is not one operation with its adapter; "" where it is (T35).
+
+    The compiler fuses by itself, and transforms of functions (`torch.func`) take the plain way; neither is told here."""
+    found = {}
+    for key, layer in adapters.layers.items():
+        acting = [layer.adapters[n] for n in adapters.active if n in layer.adapters and n not in layer.merged]
+        if acting:
+            found[key] = _why_not(layer, acting)
+    return found
+
+
+def _why_not(layer: AdaptedLayer, acting: list[Any]) -> str:
+    if len(acting) > 1:
+        return f"{len(acting)} adapters act on it"
+    adapter = acting[0].links[0] if isinstance(acting[0], Chain) else acting[0]
+    kind = "one parameter" if layer.view.kind == "parameter" else f"a layer of kind {layer.view.kind}"
+    if adapter.low_rank() is None:  # type: ignore[operator]
+        return f"{type(adapter).__name__} on {kind} has no such form"
+    return "" if layer.view.product() is not None else f"{type(layer.view.layer).__name__} computes in its own way"
 
 
 def card(adapters: AdapterSet, name: str) -> str:

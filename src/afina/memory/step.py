@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from afina.core.report import passes
 from afina.memory.activations import use_fused_activations
 from afina.memory.checkpointing import checkpoint_blocks
 from afina.memory.heap import large_tensors_apart
@@ -46,16 +47,12 @@ def lean_step(
 
 def slower_layers(model: Any) -> list[str]:
     """The LoRA layers that cannot be computed as one operation with their layer, and why."""
-    reasons, count = Counter[str](), 0
-    for layer in model.adapters.layers.values():
-        for adapter in layer.adapters.values():
-            if type(adapter) is not LoRA or adapter.view.kind != "linear":
-                continue
+    adapters, reasons, count = model.adapters, Counter[str](), 0
+    for key, reason in passes(adapters).items():
+        layer = adapters.layers[key]
+        if layer.view.kind == "linear" and any(type(adapter) is LoRA for adapter in layer.adapters.values()):
             count += 1
-            if adapter.view.product() is None:
-                reasons[f"{type(adapter.view.layer).__name__} computes in its own way"] += 1
-            elif "lora_bias" in adapter._parameters:
-                reasons["lora_bias"] += 1
+            reasons.update([reason] if reason else [])
     said = "; ".join(f"{number}: {reason}" for reason, number in reasons.items())
     slow = sum(reasons.values())
     return [f"{slow} of {count} LoRA layers take the slower path, not fused with their layer ({said})"] if slow else []

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from afina.core.adapter import Adapter, Base, Delta, Placement, cast, drop
 from afina.core.config import TargetedConfig, option
 from afina.core.layers import view_of
-from afina.core.lowrank import fused_dtype, low_rank_linear
+from afina.core.lowrank import LowRank, fused_dtype, low_rank_linear
 from afina.core.mixed import Factored, Factors
 from afina.core.registry import register
 from afina.core.targets import ModuleMap, matches_any
@@ -210,26 +210,28 @@ class LoRA(Factored, Delta):
     def forward(self, x: torch.Tensor, base: Base) -> torch.Tensor:
         if torch.compiler.is_compiling():  # the compiler fuses by itself
             return self.add_to(base(x), x)
-        product = base.product()
-        dtype = fused_dtype(x, product[0]) if product is not None and self._is_product else None
-        if product is None or dtype is None:
+        product, low_rank = base.product(), self.low_rank()
+        dtype = fused_dtype(x, product[0]) if product is not None and low_rank is not None else None
+        if dtype is None:
             return self.add_to(base(x), x)
-        factors, base.dtype = self._parameters, dtype
-        down: Any = factors["lora_A"]
-        up: Any = factors["lora_B"]
-        return low_rank_linear(x, *product, down, up, self.scaling, self.p if self.training else 0.0, dtype)
+        base.dtype = dtype
+        return low_rank_linear(x, LowRank(*product, *low_rank), dtype)  # type: ignore[misc]
+
+    def low_rank(self) -> tuple[Any, ...] | None:
+        if not self._is_product:
+            return None
+        own = self._parameters
+        return own["lora_A"], own["lora_B"], own.get("lora_bias"), self.scaling, self.p if self.training else 0.0
 
     def factors(self) -> Factors | None:
-        own = self._parameters
-        if self.view.kind != "linear" or type(self).forward is not LoRA.forward or not self._is_product:
-            return None
-        return Factors(own["lora_A"], own["lora_B"], self.scaling, self.p if self.training else 0.0)  # type: ignore[arg-type]
+        found = self.low_rank()
+        return None if found is None or found[2] is not None else Factors(found[0], found[1], *found[3:])
 
     @cached_property
     def _is_product(self) -> bool:
-        """Whether what is added is B A x and nothing else; not so for a subclass that changes it."""
-        same = all(getattr(type(self), name) is getattr(LoRA, name) for name in ("delta", "delta_weight", "add_to"))
-        return same and "lora_bias" not in self._parameters
+        """Whether what is added is B A x, and a bias, to a linear layer; not so for a subclass that changes it."""
+        same = ("forward", "delta", "delta_weight", "delta_bias", "add_to")
+        return self.view.kind == "linear" and all(getattr(type(self), name) is getattr(LoRA, name) for name in same)
 
     def add_to(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         if self.view.kind != "linear" or y.dtype != x.dtype or y.dim() < 2 or "lora_bias" in self._parameters:
