@@ -65,7 +65,7 @@ JOBS = {
     "bert": Job(
         "BERT-base on clinc150", "sequence_classification", 96, "clinc150_imbalanced/train.csv", ("text", "label")
     ),
-    "t5": Job("T5-small on summarisation", "seq2seq", 32, "summarisation/train_flat.jsonl", ("document", "summary")),
+    "t5": Job("T5-small on summarisation", "seq2seq", 16, "summarisation/train_flat.jsonl", ("document", "summary")),
 }  # fmt: skip
 
 
