@@ -34,9 +34,11 @@ from afina.tasks.entities import Scheme
 from afina.training.run import prepare
 
 CHROMIUM = Path("/usr/bin/chromium")
+CLASSES = ("sequence_classification", "image_classification")
 COMMON = {"answer", "figures", "model", "training", "mistakes", "data", "lengths", "cost", "use"}
 OWN = {
     "sequence_classification": {"confusions", "classes", "calibration"},
+    "image_classification": {"confusions", "classes", "calibration"},
     "multi_label_classification": {"classes", "calibration"},
     "token_classification": {"classes"},
     "regression": {"numbers"},
@@ -69,7 +71,8 @@ def test_the_page_has_what_the_task_has(name, made):
     text = (made(name) / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     page.check_harmless()
-    assert set(page.sections) == COMMON | OWN.get(name, set())
+    one_length = {"lengths"} if name == "image_classification" else set()
+    assert set(page.sections) == (COMMON | OWN.get(name, set())) - one_length
     assert all(words.strip() for words in page.sections.values())
     assert all(link[1:] in page.ids for link in page.links if link.startswith("#"))
     first = headline(run)
@@ -80,7 +83,8 @@ def test_the_page_has_what_the_task_has(name, made):
     assert len(run.baselines) > 0
     for title in run.baselines:
         assert title in page.sections["answer"] + page.sections["figures"]
-    shown = [row for row in run.rows if (row.given["text"][:20] if name != "token_classification" else "") in text]
+    begins = [next(iter(row.given.values()))[:20] if name != "token_classification" else "" for row in run.rows]
+    shown = [words for words in begins if words in text]
     assert shown, "no text of a test row is on the page"
     assert [tag for tag, _ in page.tags].count("caption") == [tag for tag, _ in page.tags].count("table")
     assert all("aria-label" in a for tag, a in page.tags if tag == "svg" and a.get("role") == "img")
@@ -97,7 +101,7 @@ def test_intervals_hold_the_figure(name, made):
     what, scores = row_scores(run)
     assert len(scores) == len(run.rows)
     mean = {
-        "right rows": run.test.get("accuracy" if name == "sequence_classification" else "subset_accuracy"),
+        "right rows": run.test.get("accuracy" if name in CLASSES else "subset_accuracy"),
         "F1 of a row": run.test.get("f1"), "absolute error": -run.test["mae"] if "mae" in run.test else None,
     }.get(what)  # fmt: skip
     if mean is not None and name != "token_classification":
@@ -154,7 +158,7 @@ def test_the_python_lines_answer_as_the_run_did(name, made):
         with redirect_stdout(out):
             exec(compile(ask(name, run, row), "page", "exec"), {})
         said = out.getvalue().rstrip("\n")
-        if name == "sequence_classification":
+        if name in CLASSES:
             wanted = {label: float(row.more[f"p({label})"]) for label in run.labels}
             assert eval(said) == pytest.approx(wanted, abs=2e-6)
         elif name == "multi_label_classification":

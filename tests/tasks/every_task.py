@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 
+import picture_bases
 import tiny_bases
 import torch
 import transformers as tf
@@ -61,6 +62,11 @@ def alike(chance):
     return {"text": " ".join(words), "text_pair": " ".join(other), "score": kept / 9}
 
 
+def pictured(chance):
+    label = chance.choice(picture_bases.SHAPES)
+    return {"image": picture_bases.picture(label, chance), "label": label}
+
+
 def _text(chance, *inside):
     words = [*chance.choices(WORDS, k=chance.randrange(2, 13)), *inside]
     chance.shuffle(words)
@@ -101,6 +107,7 @@ CASES = {
     "causal_lm": (instructed, save_causal, {"max_new_tokens": 5, "generate": True}),
     "seq2seq": (translated, save_t5, {"max_new_tokens": 5}),
     "sentence_similarity": (alike, tiny_bases.save_bert, {}),
+    "image_classification": (pictured, picture_bases.save_vit, {"augment": "crop_and_flip"}),
 }
 
 
@@ -110,8 +117,12 @@ def case(name, folder, rows=47, **training):
     folder.mkdir(parents=True, exist_ok=True)
     chance = random.Random(name)
     with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
-        for _ in range(rows):
-            file.write(json.dumps(row(chance), ensure_ascii=False) + "\n")
+        for n in range(rows):
+            made = row(chance)
+            if "image" in made:
+                made["image"].save(folder / f"{n}.png")
+                made["image"] = f"{n}.png"
+            file.write(json.dumps(made, ensure_ascii=False) + "\n")
     if not (folder / "base").is_dir():
         save(folder / "base")
     return Recipe(

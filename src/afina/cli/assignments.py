@@ -17,7 +17,8 @@ __all__ = ["PLACES", "assemble", "method_options", "section_options", "typed_as"
 
 # option -> where the recipe keeps it
 PLACES = {
-    "data": "data.file", "text": "data.text", "text_pair": "data.text_pair", "label": "data.label", "model": "model",
+    "data": "data.file", "text": "data.text", "image": "data.image", "audio": "data.audio",
+    "text_pair": "data.text_pair", "label": "data.label", "model": "model",
     "method": "method.name", "task": "task.name",
     "epochs": "training.epochs", "batch_size": "training.batch_size", "learning_rate": "training.learning_rate",
     "max_length": "training.max_length", "max_truncated": "training.max_truncated", "precision": "training.precision",

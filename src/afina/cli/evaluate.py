@@ -23,6 +23,7 @@ def evaluate(
 ) -> None:
     """Measure a tuned model on labelled rows."""
     quiet()
+    from afina.data.media import locate
     from afina.data.read import read_table
     from afina.errors import ConfigError, DataError, Problems
     from afina.training.trained import TrainedRun
@@ -31,7 +32,10 @@ def evaluate(
     given = {"text": text, "text_pair": text_pair, "label": label}
     names = {role: given[role] or column for role, column in trained.columns.items()}
     path = data or run / "data" / "test.csv"
-    rows = read_table(path, set(names.values()), read=trained.task.kind.read)
+    media = trained.task.kind.media
+    rows = read_table(path, set(names.values()), read=trained.task.kind.read, media=media)
+    names |= {role: getattr(rows, role) for role in names if rows.path.is_dir() and media and getattr(rows, role)}
+    locate(rows, [names[role] for role in media if role in names])
     problems = Problems("afina evaluate")
     for role, name in names.items():
         if missing := rows.missing(name):

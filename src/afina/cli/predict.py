@@ -18,6 +18,9 @@ _SHOWN = 60  # characters of one word in the table
 def predict(
     run: Annotated[Path, typer.Argument(help="Folder of a run, --output of `afina train`.")],
     text: Annotated[list[str] | None, typer.Option(help="A text; may be given several times.")] = None,
+    file: Annotated[
+        list[str] | None, typer.Option(help="A picture or recording, where the task reads them; may be given several times.")
+    ] = None,
     text_pair: Annotated[
         list[str] | None, typer.Option(help="The second text that goes with each --text, where the task has one.")
     ] = None,
@@ -32,10 +35,10 @@ def predict(
     from afina.errors import ConfigError, Problems
 
     problems = Problems("afina predict")
-    if not text and data is None:
-        problems.add('nothing to answer: give --text "..." or --data FILE.csv')
-    if data is not None and text:
-        problems.add("--text and --data exclude each other")
+    if not text and not file and data is None:
+        problems.add('nothing to answer: give --text "...", --file PICTURE, or --data FILE.csv')
+    if sum(map(bool, (data, text, file))) > 1:
+        problems.add("--text, --file and --data exclude each other")
     if text_pair and len(text_pair) != len(text or []):
         problems.add(f"--text-pair is given {len(text_pair)} times and --text {len(text or [])} times; one goes with one")
     if data is not None and output is None and not as_json:
@@ -50,20 +53,28 @@ def predict(
     from afina.training.trained import TrainedRun
 
     trained = TrainedRun.load(run)
+    kind = trained.task.kind
+    first = kind.input
+    if (text and kind.media) or (file and not kind.media):
+        given, wanted = ("--text", "--file FILE") if text else ("--file", '--text "..."')
+        raise ConfigError(f"{given}: {trained.task.name} reads {kind.what}s; say {wanted}")
     asked = {role: name for role, name in trained.columns.items() if role != "label"}
     read: Any = None
     if data is not None:
+        from afina.data.media import locate
         from afina.data.read import read_table
 
-        asked |= {role: name for role, name in (("text", column), ("text_pair", pair_column)) if name}
-        read = read_table(data, set(asked.values()), read=trained.task.kind.read)
+        asked |= {role: name for role, name in ((first, column), ("text_pair", pair_column)) if name}
+        read = read_table(data, set(asked.values()), read=kind.read, media=kind.media)
+        asked |= {role: getattr(read, role) for role in kind.media if role in asked and getattr(read, role)}
+        locate(read, [asked[role] for role in kind.media if role in asked])
         for role, name in asked.items():
             if missing := read.missing(name):
-                problems.add(f"--data: {missing} Say which with --{'column' if role == 'text' else 'pair-column'}.")
+                problems.add(f"--data: {missing} Say which with --{'column' if role == first else 'pair-column'}.")
         problems.raise_as(ConfigError)
         rows = [{role: row[name] for role, name in asked.items()} for row in read.rows]
     else:
-        rows = [{"text": one} for one in text or []]
+        rows = [{first: one} for one in (text or file or [])]
         for row, other in zip(rows, text_pair or [], strict=False):
             row["text_pair"] = other
         if text_pair and "text_pair" not in trained.task.kind.columns:
@@ -75,7 +86,7 @@ def predict(
     examples = trained.asked(rows, read.lines if read else ())
     full = [e for e in examples if e.text.strip()]
     if not full:
-        raise ConfigError("every text is empty")
+        raise ConfigError(f"every {kind.what} is empty")
     answers = iter(trained.answers(full))
     said = [next(answers) if e.text.strip() else None for e in examples]
     columns = [trained.task.columns(a, e) if a is not None else {} for a, e in zip(said, examples, strict=True)]
@@ -104,11 +115,11 @@ def predict(
             inputs = {role: value for role, value in row.items() if value}
             nothing = dict.fromkeys(trained.task.respond(next(a for a in said if a is not None), full[0]))
             made = trained.task.respond(answer, example) if answer is not None else nothing
-            print(json.dumps({**(inputs or {"text": ""}), **made}, ensure_ascii=False))
+            print(json.dumps({**(inputs or {first: ""}), **made}, ensure_ascii=False))
     elif output is None:
         shown = [[_short(t, made.get(t, "" if i else "(empty)")) for i, t in enumerate(titles)] for made in columns]
         named = [t[2:-1] if t.startswith("p(") else t for t in titles]
-        table([*named, "text"], [[*s, row["text"]] for s, row in zip(shown, rows, strict=True)], right=named[1:])
+        table([*named, kind.what], [[*s, row[first]] for s, row in zip(shown, rows, strict=True)], right=named[1:])
     if output is not None:
         kinds = [made["answer"] for made in columns if made]
         counts = {label: kinds.count(label) for label in trained.task.labels if trained.task.kind.labels == "class"}

@@ -30,6 +30,8 @@ def prepare(
         Path | None, typer.Option(help="Folder to write train, validation and test rows and the report into.")
     ] = None,
     text: Annotated[str | None, typer.Option(help="Column of the text; its number where there is no header.")] = None,
+    image: Annotated[str | None, typer.Option(help="Column of the paths of pictures, where the task reads them.")] = None,
+    audio: Annotated[str | None, typer.Option(help="Column of the paths of recordings, where the task reads them.")] = None,
     text_pair: Annotated[str | None, typer.Option(help="Column of a second text, where the task has one.")] = None,
     label: Annotated[str | None, typer.Option(help="Column of the label.")] = None,
     task: Annotated[str | None, typer.Option(help="See `afina tasks` (default: sequence_classification)")] = None,
@@ -44,7 +46,10 @@ def prepare(
 
     afina prepare --data messages.csv --text message --label label --output prepared
     """
-    chosen = {"data": data, "text": text, "text_pair": text_pair, "label": label, "task": task, "seed": seed}
+    chosen = {
+        "data": data, "text": text, "image": image, "audio": audio, "text_pair": text_pair, "label": label, "task": task,
+        "seed": seed,
+    }  # fmt: skip
     quiet()
     from afina.data.columns import chosen_columns
     from afina.data.divide import divided

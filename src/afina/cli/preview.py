@@ -52,17 +52,16 @@ def show_plan(run: Run) -> None:
         sizes = sorted(run.classes("train").values())
         pairs({"classes": f"{len(labels)}, of {sizes[0]} to {sizes[-1]} training rows"})
     lengths = sorted(run.encoded.lengths)
-    pairs(
-        {
-            "tokens": f"{lengths[len(lengths) // 2]} a row in the middle, {lengths[-1]} at most; "
-            f"{run.encoded.truncated} rows cut off at {run.encoded.max_length}",
-            **({"": "\n".join(run.encoded.notes)} if run.encoded.notes else {}),
-        }
-    )
+    known = {
+        run.task.unit: f"{lengths[len(lengths) // 2]:,} a row in the middle, {lengths[-1]:,} at most"
+        + (f"; {run.encoded.truncated} rows cut off at {run.encoded.max_length}" if run.encoded.max_length else "")
+    } if lengths[-1] > 1 else {}  # fmt: skip
+    pairs({**known, **({"": "\n".join(run.encoded.notes)} if run.encoded.notes else {})})
     example, tokens, aimed = run.example()
     heading(f"One training row as the model sees it (line {example.line})")
     parts = {run.columns[role]: _begin(example.row[role]) for role in run.columns}
-    pairs({**parts, f"tokens{' ' if 'tokens' in parts else ''}": " ".join(tokens)})
+    said = "tokens" if run.task.tokenizer is not None else "read as"
+    pairs({**parts, f"{said}{' ' if said in parts else ''}": " ".join(tokens)})
     if any(aimed):
         pairs({"supervised": " ".join(token for token, target in zip(tokens, aimed, strict=True) if target)})
     elif example.label in labels:

@@ -28,6 +28,8 @@ def train(
     ] = None,
     data: Annotated[str | None, typer.Option(help="CSV, TSV, JSON, JSON Lines or Parquet file, or a folder.")] = None,
     text: Annotated[str | None, typer.Option(help="Column of the text.")] = None,
+    image: Annotated[str | None, typer.Option(help="Column of the paths of pictures, where the task reads them.")] = None,
+    audio: Annotated[str | None, typer.Option(help="Column of the paths of recordings, where the task reads them.")] = None,
     text_pair: Annotated[str | None, typer.Option(help="Column of a second text, where the task has one.")] = None,
     label: Annotated[str | None, typer.Option(help="Column of the label or answer.")] = None,
     task: Annotated[str | None, typer.Option(help="See `afina tasks` (default: sequence_classification)")] = None,
@@ -141,7 +143,7 @@ def show_outcome(run: Run, metrics: dict[str, Any], seconds: float) -> None:
         {
             "kept": f"epoch {train['best_epoch']}",
             "took": f"{seconds:.0f} s, training {train['seconds']:.0f} s{' in all' if run.resume else ''}, "
-            f"{train['tokens_per_second']:,.0f} tokens/s, "
+            f"{train['tokens_per_second']:,.0f} {train['unit']}/s, "
             f"{train['peak_memory_bytes'] / 2**30:.1f} GiB at most",
             **_shared(train),
             **({"on the way": "\n".join(train["notes"])} if train["notes"] else {}),
@@ -154,4 +156,5 @@ def show_outcome(run: Run, metrics: dict[str, Any], seconds: float) -> None:
         }
     )
     pair = ' --text-pair "..."' if "text_pair" in run.columns else ""
-    console().print(f'\nTry it:  afina predict {run.output} --text "..."{pair}', markup=False)
+    asked = "--file FILE" if run.task.kind.media else f'--text "..."{pair}'
+    console().print(f"\nTry it:  afina predict {run.output} {asked}", markup=False)

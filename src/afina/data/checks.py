@@ -19,7 +19,7 @@ _MANY = 8  # rare classes from which on the column is rather no label
 def check_empty(table: Table, report: CleanReport) -> None:
     """Raise DataError where a row has no text or label."""
     problems = Problems(str(table.path))
-    for lines, what in ((report.empty_texts, "text"), (report.missing_labels, "label")):
+    for lines, what in ((report.empty_texts, report.what), (report.missing_labels, "label")):
         if lines:
             rows = f"{len(lines)} row{'s have' if len(lines) > 1 else ' has'}"
             problems.add(f"{rows} no {what} (line {shortened(lines)})")
@@ -32,7 +32,7 @@ def check_classes(
 ) -> None:  # fmt: skip
     """Raise DataError where nothing is left, there is one class alone or, if `three` of each are needed, one has fewer."""
     if not examples:
-        what = "a text" if kind.labels == "none" else "both a text and a label"
+        what = f"a {kind.what}" if kind.labels == "none" else f"both a {kind.what} and a label"
         dropped = "".join(f"\n  {line}" for line in report.lines())
         used = ", ".join(f"{role} is column {column!r}" for role, column in columns.items())
         raise DataError(f"{table.path} has no row with {what} that can be used ({used}){dropped}")

@@ -27,6 +27,10 @@ class CleanReport:
     """What became of the rows of a file; the lists hold line numbers."""
 
     rows: int = 0
+    what: str = "text"  # of which rows are made
+    files: list[str] = field(default_factory=list)  # what was done to files as they were read
+    broken_files: list[int | str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)  # what is wrong with each of these
     repaired_texts: list[int | str] = field(default_factory=list)
     white_space: list[int | str] = field(default_factory=list)
     empty_texts: list[int | str] = field(default_factory=list)
@@ -47,19 +51,22 @@ class CleanReport:
 
     def lines(self) -> list[str]:
         """One sentence for each thing that was found."""
-        found = []
+        found, it = [*self.files], self.what
         for lines, what in (
+            (self.broken_files, f"left out: the {it} cannot be read (data.clean.broken_files)"),
             (self.repaired_texts, "repaired: letters were read in a wrong encoding, or are control characters"),
             (self.white_space, "repaired: runs of white space"),
-            (self.empty_texts, "dropped: the text is empty"),
+            (self.empty_texts, f"dropped: there is no {it}" if it != "text" else "dropped: the text is empty"),
             (self.missing_labels, "dropped: the label is missing"),
             (self.too_short, "dropped: too few letters (data.clean.min_letters)"),
-            (self.duplicates, "dropped: the same text with the same label is there already"),
-            (self.near_dropped, "dropped: nearly the same text is there already"),
-            (self.conflicting_labels, "dropped: the same text stands under different labels"),
+            (self.duplicates, f"dropped: the same {it} with the same label is there already"),
+            (self.near_dropped, f"dropped: nearly the same {it} is there already"),
+            (self.conflicting_labels, f"dropped: the same {it} stands under different labels"),
         ):
             if lines:
                 found.append(f"{len(lines)} row{'s' if len(lines) > 1 else ''} {what} (line {shortened(lines, 5)})")
+        found += [f"  {wrong}" for wrong in self.broken[:10]]
+        found += [f"  and {len(self.broken) - 10} more: see data/data_report.json"] if len(self.broken) > 10 else []
         for written, read in self.repaired_labels.items():
             found.append(f"label {written!r} is read as {read!r}")
         return found

@@ -9,22 +9,30 @@ from afina.data.options import DataOptions
 from afina.data.table import Table
 from afina.errors import Problems
 
-__all__ = ["chosen_columns"]
+__all__ = ["chosen_columns", "columns_of"]
+
+
+def columns_of(table: Table, kind: Kind, options: DataOptions) -> dict[str, str]:
+    """Role -> column: the one the recipe names, else the table's own, else the first usual name that is there; "" else."""
+    chosen: dict[str, str] = {}
+    for role, column in kind.columns.items():
+        usual = [n for n in column.names if n in table.columns and n not in chosen.values()]
+        chosen[role] = getattr(options, role) or getattr(table, role, "") or (usual[0] if usual else "")
+    return chosen
 
 
 def chosen_columns(
     table: Table, kind: Kind, options: DataOptions, problems: Problems, spell: Callable[[str], str] = str
 ) -> dict[str, str]:
-    """Role -> column: the one the recipe names, else the table's own, else the first usual name that is there.
+    """Role -> column, of `columns_of`.
 
     What was chosen is put into `options`. A column that does not exist, one that is needed and not named, and one that
     plays two roles are added to `problems`.
     """
     chosen: dict[str, str] = {}
+    named = columns_of(table, kind, options)
     for role, column in kind.columns.items():
-        name = getattr(options, role) or getattr(table, role, "")
-        usual = [n for n in column.names if n in table.columns and n not in chosen.values()]
-        name = name or (usual[0] if usual else "")
+        name = named[role]
         setattr(options, role, name)
         if not name:
             if column.required:

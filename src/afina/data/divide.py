@@ -55,7 +55,8 @@ class Divided:
         if self.near:
             found.append(f"{_counted(len(self.near), 'group')} of nearly equal texts, each kept on one side of the split")
         if self.leaks:
-            what = "nearly the same text, or one of the same group, is on the test or validation side"
+            same = f"{'nearly ' if self.cleaned.what == 'text' else ''}the same {self.cleaned.what}"
+            what = f"{same}, or one of the same group, is on the test or validation side"
             found.append(f"{_counted(len(self.leaks), 'row')} dropped: {what}")
         if self.left_out:
             found.append(f"{_counted(len(self.left_out), 'row')} left out, so that classes are of one size")
@@ -94,7 +95,8 @@ def divided(table: Table, kind: Kind, options: DataOptions, *, columns: Mapping[
     """
     if table.running:
         table = stretched(table, validation=options.validation, test=options.test)
-    mode, notes, report = options.mode(table.sides is not None), list(table.notes), CleanReport(rows=len(table.rows))
+    mode, notes = options.mode(table.sides is not None), list(table.notes)
+    report = CleanReport(rows=len(table.rows), what=kind.what)
     steps = options.clean
     if table.prepared is not None and steps == CleanOptions():
         steps = AS_IT_IS
@@ -105,7 +107,7 @@ def divided(table: Table, kind: Kind, options: DataOptions, *, columns: Mapping[
     given = _given(table, options, found) if mode == "given" else None
     kept = clean(found if given is None else last_first(found, given), kind.labels, steps, report)
     check_classes(table, kind, columns, kept, report, three=mode in ("stratified", "grouped"))
-    near = [] if steps.near_duplicates == "ignore" else _near(kept, steps.near_share)
+    near = [] if steps.near_duplicates == "ignore" or kind.media else _near(kept, steps.near_share)
     if steps.near_duplicates == "drop":
         report.near_dropped = [kept.pop(i).line for group in near for i in group[1:]]
         near = []
@@ -127,7 +129,7 @@ def divided(table: Table, kind: Kind, options: DataOptions, *, columns: Mapping[
     _balance(done, options, table, seed)
     count(done.examples, kind.labels, report)
     done.inspected = inspected(
-        done.examples, done.rows, table, columns, kind.labels, seed, suspects=steps.suspects
+        done.examples, done.rows, table, columns, kind, seed, suspects=steps.suspects
     )  # fmt: skip
     return done
 

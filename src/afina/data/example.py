@@ -7,16 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from afina.data.media import Medium
+
 __all__ = ["ROLES", "Column", "Example", "Kind"]
 
-ROLES = ("text", "text_pair", "label")  # keys of `data` in a recipe that name columns
+ROLES = ("text", "image", "audio", "text_pair", "label")  # keys of `data` in a recipe that name columns
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
     """One usable row, with the line of the file it came from.
 
-    `text` is all of the input: what may not stand on two sides of a split, exactly or nearly. `label` is the target as
+    `text` is all of the input: what may not stand on two sides of a split, exactly or nearly; a path in it becomes a digest
+    of what the file holds, when the rows of a file are made examples. `label` is the target as
     text; what it means is said by `Kind.labels`. `value` is what the task makes of the row, where that is more than a text
     and a label. Examples of one `group` stay on one side.
     """
@@ -38,6 +41,7 @@ class Column:
     required: bool = True
     structured: bool = False  # may hold a list or an object; `Kind.make` then gets it as JSON
     repair: bool = True  # repairing letters and white space changes nothing else (no offsets point into it)
+    medium: Medium | None = None  # a path of such a file, relative to the file that names it
 
 
 @dataclass(frozen=True)
@@ -59,3 +63,19 @@ class Kind:
     make: Callable[[Mapping[str, str], int | str], Example]
     read: Callable[[Path], Any] | None = None  # a form of file of its own: a Table, or None where it is not
     check: Callable[[Mapping[str, str]], str | None] | None = None  # what is wrong with columns by role, if anything
+
+    @property
+    def media(self) -> dict[str, Medium]:
+        """Roles of the columns that hold paths."""
+        return {role: column.medium for role, column in self.columns.items() if column.medium is not None}
+
+    @property
+    def input(self) -> str:
+        """The role of the first column: what a row must have to be answered."""
+        return next(iter(self.columns))
+
+    @property
+    def what(self) -> str:
+        """What the input is called: text, picture, recording."""
+        medium = self.columns[self.input].medium
+        return "text" if medium is None else medium.name

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from afina.data.example import Example
+from afina.data.example import Example, Kind
 from afina.data.giveaways import telling_columns, telling_words
 from afina.data.languages import languages
 from afina.data.suspects import suspected
@@ -20,13 +20,16 @@ _SHARES = (0, 5, 25, 50, 75, 95, 100)
 
 
 def inspected(
-    examples: Sequence[Example], rows: Sequence[int], table: Table, columns: Mapping[str, str], labels: str, seed: int,
+    examples: Sequence[Example], rows: Sequence[int], table: Table, columns: Mapping[str, str], kind: Kind, seed: int,
     *, suspects: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Lengths, languages, imbalance, words and columns that give the label away, and rows whose label may be wrong.
 
-    `rows` are numbers of the rows of the table that the examples were made of.
+    `rows` are numbers of the rows of the table that the examples were made of. Of pictures and recordings, only imbalance.
     """
+    labels = kind.labels
+    if kind.media:
+        return {"imbalance": _imbalance(examples) if labels == "class" else None}
     lengths = sorted(len(e.text.split()) for e in examples)
     found: dict[str, Any] = {
         "words": {f"{share} %": lengths[(len(lengths) - 1) * share // 100] for share in _SHARES},
@@ -39,13 +42,17 @@ def inspected(
         "suspects": None,
     }  # fmt: skip
     if labels == "class":
-        counts = Counter(e.label for e in examples)
-        most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
-        found["imbalance"] = {"ratio": round(counts[most] / counts[least], 2), "most": most, "least": least}
+        found["imbalance"] = _imbalance(examples)
         found["telling_words"] = telling_words(examples)
         if suspects:
             found["suspects"] = asdict(suspected(examples, seed))
     return found
+
+
+def _imbalance(examples: Sequence[Example]) -> dict[str, Any]:
+    counts = Counter(e.label for e in examples)
+    most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
+    return {"ratio": round(counts[most] / counts[least], 2), "most": most, "least": least}
 
 
 def said(found: Mapping[str, Any]) -> list[str]:

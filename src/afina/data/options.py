@@ -20,6 +20,7 @@ class CleanOptions:
     unicode: bool = option(True, "repair letters that were read in a wrong encoding (mojibake), and drop control characters")
     white_space: bool = option(False, "make every run of white space one space")
     empty: bool = option(True, "drop rows without a text or label; false: they are an error")
+    broken_files: bool = option(False, "leave out rows whose picture or recording cannot be read; false: they are an error")
     min_letters: int = option(0, "drop texts with fewer letters and digits than this", low=0)
     duplicates: bool = option(True, "keep one of rows that are equal in all but case and white space")
     near_duplicates: str = option(
@@ -38,6 +39,8 @@ class DataOptions:
 
     file: str = option("", "file or folder of the rows, or a data set of the hub (hub:NAME, hub:NAME:CONFIGURATION)")
     text: str = option("", "column of the text")
+    image: str = option("", "column of the paths of pictures, relative to the file")
+    audio: str = option("", "column of the paths of recordings, relative to the file")
     label: str = option("", "column of the label or answer")
     text_pair: str = option("", "column of a second text, where the task has one")
     validation_file: str = option("", "file of the rows that choose the best epoch, where it is one of its own")

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from afina.data.example import ROLES
+from afina.data.media import Medium, folder_of_classes
 from afina.data.rows import Rows
 from afina.data.table import Form, Table, checked_encoding, decoded, open_text, read_csv
 from afina.errors import DataError, MissingDependencyError, Problems, shortened
@@ -30,20 +32,22 @@ _WRONG = 5  # rows named in an error
 
 
 def read_table(
-    path: str | Path, wanted: Iterable[str] = (), *, form: Form | None = None, read: Callable[[Path], Any] | None = None
-) -> Table:
+    path: str | Path, wanted: Iterable[str] = (), *, form: Form | None = None, read: Callable[[Path], Any] | None = None,
+    media: Mapping[str, Medium] | None = None,
+) -> Table:  # fmt: skip
     """The table in a file or folder, by its ending; anything else is read as CSV.
 
     `form` says what is known of a text file; `wanted` columns help to tell a delimiter. `read` knows a form of file of its
-    own: it is asked first, and returns None where a file is of no such form. Lists and objects in JSON become JSON text,
-    and `Table.nested` says where they are.
+    own: it is asked first, and returns None where a file is of no such form. `media`: kinds of files that rows name, by
+    role; a folder may hold them in a subfolder for each class. Lists and objects in JSON become JSON text, and
+    `Table.nested` says where they are.
     Raises DataError with all that cannot be read, MissingDependencyError for Parquet without pyarrow.
     """
     path, wanted, form = Path(path), set(wanted), form or Form()
     if read is not None and path.exists() and (table := read(path)) is not None:
         return table  # type: ignore[no-any-return]
     if path.is_dir():
-        return _read_folder(path, wanted, form, read)
+        return _read_folder(path, wanted, form, read, media or {})
     ending = Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
     if ending in (".jsonl", ".ndjson"):
         return _read_json_lines(path, form)
@@ -187,7 +191,9 @@ def _read_parquet(path: Path) -> Table:
 # --- folders
 
 
-def _read_folder(folder: Path, wanted: set[str], form: Form, read: Callable[[Path], Any] | None) -> Table:
+def _read_folder(
+    folder: Path, wanted: set[str], form: Form, read: Callable[[Path], Any] | None, media: Mapping[str, Medium]
+) -> Table:
     files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
     sides: dict[str, Path] = {}
     for file in files:
@@ -200,8 +206,21 @@ def _read_folder(folder: Path, wanted: set[str], form: Form, read: Callable[[Pat
     if "train" in sides:
         return _read_splits(folder, sides, wanted, form, read)
     classes = sorted(p for p in folder.iterdir() if p.is_dir() and any(p.glob("*.txt")))
-    if classes:
+    if classes and not media:
         return _read_texts(folder, classes)
+    for role, medium in media.items():
+        listed = next((p for p in files if p.stem.lower() == "metadata" and p.suffix.lower() in ENDINGS), None)
+        if listed is not None:
+            return read_table(listed, wanted, form=form, read=read)
+        if (found := folder_of_classes(folder, medium, role)) is not None:
+            return found
+    if media:
+        first = next(iter(media.values()))
+        here = shortened(sorted(p.name for p in folder.iterdir())) or "nothing"
+        raise DataError(
+            f"{folder} is a folder that holds {here}; expected a subfolder of {first.name}s for each class, with train and "
+            f"test above them or not, or a CSV file of paths and labels ({first.name}s end in {shortened(first.endings)})"
+        )
     here = shortened(sorted(p.name for p in folder.iterdir())) or "nothing"
     raise DataError(
         f"{folder} is a folder that holds {here}; expected a file, train and test files (train.csv, test.csv), or a "
@@ -227,11 +246,9 @@ def _read_splits(
     joined = join_sides(folder, tables, {side: files[side].name for side in tables}, wanted)
     joined.prepared = prepared
     first = tables["train"]
-    if prepared is not None:
-        for role, column in prepared["columns"].items():
-            setattr(joined, role, column)
-    else:
-        joined.text, joined.text_pair, joined.label = first.text, first.text_pair, first.label
+    said = prepared["columns"] if prepared is not None else {role: getattr(first, role) for role in ROLES}
+    for role, column in said.items():
+        setattr(joined, role, column)
     return joined
 
 

@@ -47,6 +47,12 @@ class Rows(Sequence[dict[str, str]]):
         """All values of a column."""
         return self._cells[self.columns.index(name)]
 
+    def put(self, name: str, values: Iterable[str]) -> None:
+        """Other values for a column, one a row."""
+        made = list(values)
+        assert len(made) == self._count
+        self._cells[self.columns.index(name)] = made
+
     def __iadd__(self, rows: Iterable[dict[str, str]]) -> Rows:
         for row in rows:
             self.append(row[name] for name in self.columns)

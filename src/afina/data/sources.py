@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from afina.data.example import Kind
+from afina.data.columns import columns_of
+from afina.data.example import ROLES, Kind
 from afina.data.hub import is_hub, read_hub
+from afina.data.media import locate
 from afina.data.options import DELIMITERS, DataOptions
 from afina.data.read import SPLITS, join_sides, read_table
 from afina.data.table import Form, Table
@@ -23,13 +25,15 @@ def read_rows(options: DataOptions, kind: Kind) -> Table:
     """
     delimiter = options.delimiter if options.delimiter in DELIMITERS else ""  # any other is told when options are checked
     form = Form(header=options.header, delimiter=delimiter, encoding=options.encoding)
-    named = [options.text, options.text_pair, options.label, options.group, options.time, options.split_column]
+    named = [*(getattr(options, role) for role in ROLES), options.group, options.time, options.split_column]
     wanted = set(named) - {""}
 
     def read(place: str) -> Table:
         if is_hub(place):
             return read_hub(place)
-        return read_table(place, wanted, form=form, read=kind.read)
+        table = read_table(place, wanted, form=form, read=kind.read, media=kind.media)
+        locate(table, (columns_of(table, kind, options)[role] for role in kind.media))
+        return table
 
     files = {"train": options.file, "validation": options.validation_file, "test": options.test_file}
     tables = {side: read(place) for side, place in files.items() if place}
@@ -39,7 +43,7 @@ def read_rows(options: DataOptions, kind: Kind) -> Table:
     names = _names({side: files[side] for side in tables})
     joined = join_sides(Path(options.file), tables, names, wanted)
     first = tables["train"]
-    return replace(joined, text=first.text, text_pair=first.text_pair, label=first.label)
+    return replace(joined, **{role: getattr(first, role) for role in ROLES})
 
 
 def _check_apart(files: Mapping[str, str], tables: Mapping[str, Table]) -> None:

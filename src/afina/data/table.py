@@ -66,6 +66,8 @@ class Table:
     notes: list[str] = field(default_factory=list)  # what was found out, and not told by the file itself
     sides: list[str] | None = None  # train, validation or test, where files say so
     text: str = ""  # the column of the text, where the form of the data says so
+    image: str = ""  # and so on: see ROLES
+    audio: str = ""
     text_pair: str = ""
     label: str = ""
     nested: dict[str, str] = field(default_factory=dict)  # columns with a list or an object in them: where the first is

@@ -25,7 +25,7 @@ _WRONG = {
 
 def headline(run: RunFolder) -> str:
     """Key of the figure that is said first."""
-    if run.task == "sequence_classification":
+    if run.classifies:
         return "accuracy"
     return "rouge_l" if "rouge_l" in run.figures else next(iter(run.figures))  # of texts, what was written
 
@@ -35,7 +35,7 @@ def answer(run: RunFolder) -> Markup:
     key, test, known = headline(run), run.test, intervals(run)
     shown, value, rows = run.figures[key], run.test[key], len(run.rows)
     between = known.get(key)
-    if run.task == "sequence_classification":
+    if run.classifies:
         said: Node = [el("span", percent(value), class_="score"), " of the test rows are answered right"]
         mistakes = f"{round(rows * (1 - value)):,} of {rows:,} wrong."
     else:
@@ -61,7 +61,7 @@ def _verdict(run: RunFolder, key: str, between: tuple[float, float] | None) -> s
     best = max(bases, key=lambda title: shown.better * bases[title])
     score = bases[best]
     other = f"“{best}” has {shown.said(score)}"
-    if run.task == "sequence_classification":
+    if run.classifies:
         other = f"“{best}” is right in {percent(score)} of the rows ({len(run.rows) - round(score * len(run.rows)):,} wrong)"
     if shown.better * value <= shown.better * score:
         return f"That is no better than the best baseline: {other}. Do not use this model as it is."
@@ -75,9 +75,9 @@ def _trust(run: RunFolder, key: str, known: Intervals, test: dict[str, Any]) -> 
     said = []
     if key in known:
         low, high = (run.figures[key].said(end) for end in known[key])
-        what = "the accuracy" if run.task == "sequence_classification" else f"the {run.figures[key].title}"
+        what = "the accuracy" if run.classifies else f"the {run.figures[key].title}"
         said.append(f"With 95 % confidence {what} on more rows like these lies between {low} and {high}.")
-    if run.task == "sequence_classification":
+    if run.classifies:
         ends = f" ({known['macro_f1'][0]:.3f} to {known['macro_f1'][1]:.3f})" if "macro_f1" in known else ""
         said.append(f"Macro F1 is {test['macro_f1']:.3f}{ends}.")
     if run.figures[key].better < 0:

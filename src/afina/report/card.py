@@ -24,7 +24,8 @@ __all__ = ["card", "write_card"]
 
 CARD = "README.md"
 _PIPELINES = {
-    "causal_lm": "text-generation", "multi_label_classification": "text-classification",
+    "causal_lm": "text-generation", "image_classification": "image-classification",
+    "multi_label_classification": "text-classification",
     "question_answering": "question-answering", "regression": "text-classification",
     "sentence_similarity": "sentence-similarity", "seq2seq": "text2text-generation",
     "sequence_classification": "text-classification", "token_classification": "token-classification",
@@ -130,7 +131,7 @@ def _limits(run: RunFolder) -> str:
     if length := run.data.get("max_length"):
         read = f"in windows of {length} tokens" if run.task == "question_answering" else f"up to {length} tokens"
         lines.append(f"- Texts were read {read}; of longer ones the command line does the same.")
-    if run.task == "sequence_classification":
+    if run.classifies:
         lines.append("- Every text gets one of the classes, also one that belongs to none of them.")
     counts = [made["rows"] for made in run.test.get("per_class", {}).values()]
     if counts and min(counts) < 10:

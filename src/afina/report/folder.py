@@ -21,7 +21,7 @@ import yaml
 from afina.errors import CheckpointError, Problems
 from afina.report.words import percent
 
-__all__ = ["Row", "RunFolder", "Shown", "read_run"]
+__all__ = ["SHARE_RIGHT", "Row", "RunFolder", "Shown", "read_run"]
 
 _NUMBER = (int, float)
 _NEEDED: dict[str, dict[str, type | tuple[type, ...]]] = {
@@ -35,9 +35,10 @@ _NEEDED: dict[str, dict[str, type | tuple[type, ...]]] = {
     "adapter/adapter_config.json": {"peft_type": str},
 }  # fmt: skip
 # The figure that is the share of rows that are right, where a task has one.
-_SHARE_RIGHT = {"sequence_classification": "accuracy", "multi_label_classification": "subset_accuracy",
-                "question_answering": "exact_match"}  # fmt: skip
-_SURE = ("sequence_classification", "multi_label_classification")  # tasks that say the probability of every label
+_CLASSES = ("audio_classification", "image_classification", "sequence_classification")  # tasks with one class a row
+SHARE_RIGHT = {**dict.fromkeys(_CLASSES, "accuracy"), "multi_label_classification": "subset_accuracy",
+               "question_answering": "exact_match"}  # fmt: skip
+_SURE = (*_CLASSES, "multi_label_classification")  # tasks that say the probability of every label
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,11 @@ class RunFolder:
     def task(self) -> str:
         """Name of the task."""
         return str(self.metrics["task"]["name"])
+
+    @property
+    def classifies(self) -> bool:
+        """Whether every row has one class."""
+        return self.task in _CLASSES
 
     @property
     def labels(self) -> list[str]:
@@ -232,7 +238,7 @@ def _rows(run: RunFolder, text: str, problems: Problems) -> list[Row]:
         row.more = dict(zip(names, line[len(expected) + judged :], strict=False))
         row.right = (line[len(expected)] == "yes") if judged and len(line) == len(head) else None
         wrong = f"{len(line)} fields, not {len(head)}" if len(line) != len(head) else ""
-        if not wrong and run.task == "sequence_classification":
+        if not wrong and run.classifies:
             wrong = next((f"no class {x[:40]!r}" for x in (given["label"], row.answer) if x not in known), "")
         try:
             [float(row.more[column]) for column in sure]
@@ -246,7 +252,7 @@ def _rows(run: RunFolder, text: str, problems: Problems) -> list[Row]:
         problems.add(f"{name} has no rows")
     elif len(rows) != run.test["rows"]:
         problems.add(f"{name} has {len(rows)} rows, metrics.json says {run.test['rows']}: the two are not of the same run")
-    elif (key := _SHARE_RIGHT.get(run.task)) in run.test and judged:
+    elif (key := SHARE_RIGHT.get(run.task)) in run.test and judged:
         right = sum(bool(row.right) for row in rows)
         if abs(right / len(rows) - run.test[key]) > 1e-6:
             problems.add(

@@ -59,7 +59,8 @@ def _purpose(run: RunFolder) -> str:
     count = len(run.labels)
     known = {
         "multi_label_classification": f"to say which of {count} labels a text has",
-        "sequence_classification": f"to tell {count} classes apart",
+        **dict.fromkeys(("audio_classification", "image_classification", "sequence_classification"),
+                        f"to tell {count} classes apart"),
         "token_classification": f"to tag words with {count} tags",
     }
     return known.get(run.task) or _FOR.get(run.task, f"for {run.task.replace('_', ' ')}")

@@ -89,7 +89,7 @@ def _cell(key: str, value: Any) -> str:
 
 def calibrated(run: RunFolder) -> Markup | None:
     """Whether the probabilities mean what they say."""
-    if run.task == "sequence_classification":
+    if run.classifies:
         assert run.right is not None
         bins = calibration(confidence := run.probabilities.max(axis=1), right := run.right)
         mean, share = float(confidence.mean()), float(right.mean())

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from afina.report.cells import answers_in, names_in, number_in, tagged
-from afina.report.folder import RunFolder
+from afina.report.folder import SHARE_RIGHT, RunFolder
 from afina.report.statistics import bootstrapped, macro_f1_interval, middle_95, resampled_sums, wilson
 from afina.tasks.entities import Scheme
 from afina.tasks.orders import average_precision, pearson, roc_auc, spearman
@@ -36,11 +36,10 @@ def _intervals(run: RunFolder) -> Intervals:
     found: Intervals = {}
     if run.right is not None:
         hits = int(run.right.sum())
-        share = {"sequence_classification": "accuracy", "multi_label_classification": "subset_accuracy",
-                 "question_answering": "exact_match"}.get(run.task)  # fmt: skip
+        share = SHARE_RIGHT.get(run.task)
         if share in run.test:
             found[share] = wilson(hits, len(run.rows))
-    if run.task == "sequence_classification":
+    if run.classifies:
         found["macro_f1"] = macro_f1_interval(run.test["confusion"])
         own = run.numbers_of([row.given["label"] for row in run.rows])[:, None] == np.arange(len(run.labels))
         columns = [1] if len(run.labels) == 2 else list(range(len(run.labels)))

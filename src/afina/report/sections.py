@@ -34,6 +34,7 @@ class Section:
 def examples(run: RunFolder) -> Markup | None:
     """Answers with their texts, in the way of the task."""
     made: dict[str, Made] = {
+        "image_classification": mistaken_classes,
         "sequence_classification": mistaken_classes,
         "multi_label_classification": mistaken_labels,
         "token_classification": mistaken_tags,

@@ -15,7 +15,7 @@ __all__ = ["command_lines", "python_lines", "usage"]
 def command_lines(run: RunFolder, folder: Path) -> str:
     """What to type in a terminal."""
     name = shlex.quote(str(folder))
-    texts = '--text "..."'
+    texts = '--text "..."' if "text" in run.data["columns"] else "--file FILE"
     if run.task in ("question_answering", "sentence_similarity") or "text_pair" in run.data["columns"]:
         texts = f"--data new.csv --output {'answered' if run.task != 'sentence_similarity' else 'scored'}.csv"
     lines = [
@@ -33,21 +33,22 @@ def python_lines(run: RunFolder, folder: str | None = None) -> str:
     if made is None:
         return ""
     auto, options, body = made(run)
+    of = next((kind for kind in ("AutoImageProcessor", "AutoFeatureExtractor", "AutoProcessor") if kind in body), "")
     base = str(run.adapter.get("base_model_name_or_path") or run.recipe["model"])
     folder = folder or str(run.path / "adapter")
     loaded = ", ".join([repr(base), *options])
+    reader = f"tokenizer = AutoTokenizer.from_pretrained({folder!r})\n\n"
     return f"""import torch
-from transformers import {auto}, AutoTokenizer
+from transformers import {auto}, {of or "AutoTokenizer"}
 
 from afina import PeftModel  # or from peft, where it has the method
 
 base = {auto}.from_pretrained({loaded})
 model = PeftModel.from_pretrained(base, {folder!r}).eval()
-tokenizer = AutoTokenizer.from_pretrained({folder!r})
-
-{body}"""
+{body.replace(_FOLDER, repr(folder)) if of else reader + body}"""
 
 
+_FOLDER = "FOLDER"  # stands in lines for the folder of the adapter
 Lines = tuple[str, list[str], str]  # the class that loads the base, its options, and what to do with it
 
 
@@ -73,6 +74,20 @@ def _classes(run: RunFolder) -> Lines:
         f"""labels = {run.labels!r}
 {_inputs(run, _texts(run))}shares = torch.softmax(model(**batch).logits[0]{_temperature(run)}, -1)
 print(dict(zip(labels, shares.tolist())))""",
+    )
+
+
+def _pictures(run: RunFolder) -> Lines:
+    return (
+        "AutoModelForImageClassification",
+        [f"id2label={dict(enumerate(run.labels))!r}"],
+        f"""from afina.data.pictures import read_picture  # upright, RGB, transparent parts on white
+
+processor = AutoImageProcessor.from_pretrained({_FOLDER}, backend="pil")
+batch = processor(read_picture("..."), return_tensors="pt")
+with torch.no_grad():
+    shares = torch.softmax(model(**batch).logits[0]{_temperature(run)}, -1)
+print(dict(zip({run.labels!r}, shares.tolist())))""",
     )
 
 
@@ -184,6 +199,7 @@ print(tokenizer.decode(made[0], skip_special_tokens=True))""",
 
 _TASKS: dict[str, Callable[[RunFolder], Lines]] = {
     "causal_lm": _continued,
+    "image_classification": _pictures,
     "multi_label_classification": _several,
     "question_answering": _span,
     "regression": _number,

@@ -9,7 +9,7 @@ from afina.errors import ConfigError, shortened
 if TYPE_CHECKING:
     from afina.tasks.task import Task
 
-__all__ = ["load_base"]
+__all__ = ["load_base", "own_labels", "renew_heads"]
 
 
 def load_base(task: Task, auto: Any, path: str, *, heads: tuple[str, ...] | None = None, **settings: Any) -> Any:
@@ -32,8 +32,32 @@ def load_base(task: Task, auto: Any, path: str, *, heads: tuple[str, ...] | None
     below = sorted(k for k in info["missing_keys"] if not k.startswith(new) and ".pooler." not in f".{k}")
     if below:
         raise ConfigError(f"model {path}: the checkpoint lacks weights below the head: {shortened(below)}")
-    model.config.pad_token_id = task.tokenizer.pad_token_id
+    if task.tokenizer is not None:
+        model.config.pad_token_id = task.tokenizer.pad_token_id
     return model
+
+
+def own_labels(path: str) -> list[str]:
+    """The classes of a checkpoint, in the order of its outputs."""
+    from transformers import AutoConfig
+
+    names = AutoConfig.from_pretrained(path).id2label
+    return [str(names[i]) for i in sorted(names)]
+
+
+def renew_heads(model: Any) -> None:
+    """Make what lies outside the base model proper anew: a head of other classes, though as many, is no beginning (T5)."""
+    for name, head in model.named_children():
+        if name != model.base_model_prefix:
+            for module in head.modules():
+                for parameter in module._parameters.values():
+                    if parameter is not None:
+                        parameter._is_hf_initialized = False  # else nothing is done with it
+                module._is_hf_initialized = False
+                model._init_weights(module)
+                for parameter in module._parameters.values():
+                    if parameter is not None:
+                        parameter._is_hf_initialized = False
 
 
 def _outside_base(model: Any) -> tuple[str, ...]:

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 
-from afina.core.config import option
 from afina.data.example import Column, Example, Kind
 from afina.errors import DataError
-from afina.tasks.baselines import majority, word_counts
+from afina.tasks.baselines import word_counts
 from afina.tasks.batches import pad_right
-from afina.tasks.calibration import compared, fit_temperature
+from afina.tasks.classification import Classification
 from afina.tasks.loading import load_base
 from afina.tasks.metrics import classification_metrics
-from afina.tasks.task import Batch, Encoded, Feature, Figure, Rows, Task
+from afina.tasks.task import Batch, Encoded, Feature, Rows
 
-__all__ = ["ClassificationOptions", "SequenceClassification"]
-
-
-@dataclasses.dataclass
-class ClassificationOptions:
-    """What is done with probabilities."""
-
-    calibrate: bool = option(False, "scale probabilities by a temperature chosen on the validation rows")
+__all__ = ["SequenceClassification"]
 
 
 def make(row: Mapping[str, str], line: int | str) -> Example:
@@ -37,7 +26,7 @@ def make(row: Mapping[str, str], line: int | str) -> Example:
     return Example(f"{row['text']}\n{pair}" if pair and row["text"] else row["text"], row.get("label", ""), line, value)
 
 
-class SequenceClassification(Task):
+class SequenceClassification(Classification):
     """One class of several for a text, or for a pair of texts."""
 
     name = "sequence_classification"
@@ -51,19 +40,6 @@ class SequenceClassification(Task):
         labels="class",
         make=make,
     )
-    figures = {
-        "macro_f1": Figure("macro F1"),
-        "accuracy": Figure("accuracy", ".1%"),
-        "roc_auc": Figure("ROC AUC"),
-        "loss": Figure("loss", better=-1),
-    }
-    Options: ClassVar[type] = ClassificationOptions
-    options: Any
-
-    @classmethod
-    def learn(cls, train: Sequence[Example], others: Sequence[Example]) -> dict[str, Any]:
-        """The labels, in alphabetical order."""
-        return {"labels": sorted({e.label for e in (*train, *others)})}
 
     # --- model
 
@@ -71,11 +47,7 @@ class SequenceClassification(Task):
         """The base with a head of one output a label."""
         from transformers import AutoModelForSequenceClassification
 
-        names = dict(enumerate(self.labels))
-        return load_base(
-            self, AutoModelForSequenceClassification, path, num_labels=len(names), id2label=names,
-            label2id={label: i for i, label in names.items()},
-        )  # fmt: skip
+        return load_base(self, AutoModelForSequenceClassification, path, **self.heads())
 
     # --- rows
 
@@ -117,83 +89,9 @@ class SequenceClassification(Task):
             batch["labels"] = torch.tensor([f["label"] for f in features])
         return batch
 
-    # --- loss
-
-    def _weights(self, device: torch.device) -> torch.Tensor | None:
-        return None if self.class_weights is None else torch.tensor(self.class_weights, device=device)
-
-    def targets_in(self, batch: Mapping[str, torch.Tensor]) -> float:
-        """Its rows, or the sum of their classes' weights."""
-        weights = self._weights(batch["labels"].device)
-        return float(batch["labels"].numel() if weights is None else weights[batch["labels"]].sum())
-
-    def loss_sum(self, model: Any, batch: Batch) -> torch.Tensor:
-        """Cross-entropy, summed."""
-        logits = self.logits(model, batch)
-        weights = self._weights(logits.device)
-        return F.cross_entropy(logits, batch["labels"], weights, reduction="sum", label_smoothing=self.label_smoothing)
-
-    # --- answers
-
-    def answers(self, model: Any, batch: Batch) -> list[Any]:
-        """Probabilities `[classes]` of each row, float64."""
-        return list(self.outputs(model, batch).cpu().numpy())
-
-    @property
-    def temperature(self) -> float:
-        """What scores are divided by before they become probabilities; see `calibration.py`."""
-        return float(self.learned.get("temperature", 1.0))
-
-    def outputs(self, model: Any, batch: Batch) -> torch.Tensor:
-        """Probabilities `[rows, classes]`, float64."""
-        return torch.softmax(self.logits(model, batch).double() / self.temperature, dim=-1)
-
-    @property
-    def settles(self) -> bool:
-        """Whether a temperature is asked for."""
-        return bool(self.options.calibrate)
-
-    def settle(self, answers: Sequence[Any], examples: Sequence[Example]) -> dict[str, Any]:
-        """The temperature."""
-        return {"temperature": fit_temperature(np.stack(answers), np.asarray(self._targets(examples)))}
-
-    def metrics(self, answers: Sequence[Any], examples: Sequence[Example]) -> dict[str, Any]:
-        """See `classification_metrics`."""
-        probabilities, targets = np.stack(answers), self._targets(examples)
-        made = classification_metrics(probabilities, targets, self.labels)
-        if "temperature" in self.learned:
-            made["calibration"] = compared(probabilities, np.asarray(targets), self.temperature)
-        return made
-
-    def _targets(self, examples: Sequence[Example]) -> list[int]:
-        number = {label: i for i, label in enumerate(self.labels)}
-        return [number[e.label] for e in examples]
-
     def baselines(self, train: Rows, test: Rows) -> dict[str, dict[str, Any]]:
         """Always the commonest class, and words counted."""
-        n, known, targets = len(self.labels), self._targets(train.examples), self._targets(test.examples)
-        texts = [e.text for e in test.examples]
-        counted = word_counts([e.text for e in train.examples], known, texts, n)
-        constant = majority(known, len(texts), n)
-        return {
-            "word_counts": {
-                "title": "words counted (naive Bayes)", **classification_metrics(counted, targets, self.labels)
-            },
-            "majority": {
-                "title": "always the commonest class", **classification_metrics(constant, targets, self.labels)
-            },
-        }  # fmt: skip
-
-    def right(self, answer: Any, example: Example) -> bool:
-        """Whether the likeliest class is the label."""
-        return self.labels[int(answer.argmax())] == example.label
-
-    def columns(self, answer: Any, example: Example) -> dict[str, str]:
-        """The likeliest class, and the probability of each."""
-        names = {f"p({label})": f"{p:.6f}" for label, p in zip(self.labels, answer, strict=True)}
-        return {"answer": self.labels[int(answer.argmax())], **names}
-
-    def respond(self, answer: Any, example: Example) -> dict[str, Any]:
-        """The likeliest class, and the probability of each."""
-        values = {label: float(p) for label, p in zip(self.labels, answer, strict=True)}
-        return {"label": max(values, key=values.__getitem__), "probabilities": values}
+        known, targets = self._targets(train.examples), self._targets(test.examples)
+        texts = [[e.text for e in side.examples] for side in (train, test)]
+        counted = classification_metrics(word_counts(texts[0], known, texts[1], len(self.labels)), targets, self.labels)
+        return {"word_counts": {"title": "words counted (naive Bayes)", **counted}, **super().baselines(train, test)}

@@ -21,10 +21,11 @@ from afina.data.example import Example, Kind
 from afina.errors import ConfigError
 from afina.memory.storage import Storage
 
-__all__ = ["Batch", "Encoded", "Feature", "Figure", "NoOptions", "Rows", "Task"]
+__all__ = ["Batch", "Encoded", "Feature", "Figure", "NoOptions", "Rows", "Task", "length_of"]
 
 Batch = dict[str, torch.Tensor]
-Feature = dict[str, Any]  # "input_ids": list of token ids; "row": number of its example; and what else the task needs
+# "row": number of its example; "input_ids": list of token ids, or else "length"; and what else the task needs. JSON.
+Feature = dict[str, Any]
 IGNORED = -100  # a target that counts nowhere
 NO_LIMIT = 1_000_000  # tokenizers without a limit name an absurd one
 
@@ -52,13 +53,19 @@ class Encoded:
 
     features: Sequence[Feature]
     truncated: int
-    max_length: int
+    max_length: int | None  # of tokens; None where rows are no tokens
     notes: list[str] = field(default_factory=list)  # what was found out, as sentences for a person
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each feature."""
-        return [len(f["input_ids"]) for f in self.features]
+        """Tokens of each feature, or what else its length is measured in."""
+        return [f["length"] if "length" in f else len(f["input_ids"]) for f in self.features]
+
+
+def length_of(feature: Feature) -> int:
+    """Its tokens, of a second text or on the other side of a model with a decoder too; "length" where that is said."""
+    keys = ("input_ids", "decoder_ids", "pair_ids")
+    return int(feature.get("length", 0)) + sum(len(feature.get(key, ())) for key in keys)
 
 
 @dataclass
@@ -71,8 +78,7 @@ class Rows:
     @cached_property
     def lengths(self) -> list[int]:
         """Tokens of each feature, of a second text or on the other side of a model with a decoder too."""
-        others = ("decoder_ids", "pair_ids")
-        return [len(f["input_ids"]) + sum(len(f.get(key, ())) for key in others) for f in self.features]
+        return [length_of(f) for f in self.features]
 
     @property
     def ids(self) -> list[list[int]]:
@@ -95,18 +101,25 @@ class Task(ABC):
     Options: ClassVar[type] = NoOptions  # a dataclass of `option` fields
     smooths: ClassVar[bool] = True  # whether label smoothing means something
     untuned: ClassVar[bool] = False  # the base answers without training too: its figures are a baseline
+    # What makes the model's input: a tokenizer, image_processor, feature_extractor, or a processor, which has a tokenizer.
+    processor_kind: ClassVar[str] = "tokenizer"
+    unit: ClassVar[str] = "tokens"  # what lengths count
+    reads_files: ClassVar[bool] = False  # features name files, which `ready` reads
 
     storage = Storage()  # of the base's weights, which load_model follows
     label_smoothing = 0.0  # of the training loss; figures do not know it
     class_weights: Sequence[float] | None = None  # of the training loss, one a label
 
-    def __init__(self, tokenizer: Any, options: Any = None, learned: Mapping[str, Any] | None = None):
+    def __init__(self, processor: Any, options: Any = None, learned: Mapping[str, Any] | None = None):
+        self.processor = processor
+        # the part of it that knows tokens; None where nothing is read or written in them
+        tokenizer: Any = processor if self.processor_kind == "tokenizer" else getattr(processor, "tokenizer", None)
         self.tokenizer = tokenizer
         self.options = self.Options() if options is None else options
         self.learned = dict(learned or {})
-        if tokenizer.pad_token is None:
+        if tokenizer is not None and tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-        if tokenizer.pad_token is None:
+        if tokenizer is not None and tokenizer.pad_token is None:
             raise ConfigError("the tokenizer has neither a padding, an end nor an unknown token, so rows cannot be padded")
 
     @property
@@ -161,9 +174,33 @@ class Task(ABC):
         Examples without a label get features without targets. Raises DataError for what cannot be trained on.
         """
 
+    @classmethod
+    def stand_ins(cls, options: Any) -> list[Example] | None:
+        """Two examples as large as they come, for a plan without a file; None: rows of words of a stated length."""
+        return None
+
+    def ready(self, feature: Feature, chance: str | None = None) -> Feature:
+        """The feature with what its file holds, so that `collate` need not read it; other threads call this ahead of a step.
+
+        `chance` seeds what is drawn of a training row; None: nothing is drawn.
+        """
+        return feature
+
+    @property
+    def varies(self) -> str:
+        """What makes a training row another in every epoch, as it is typed; "" where it stays the same."""
+        return ""
+
     @abstractmethod
     def collate(self, features: Sequence[Feature]) -> Batch:
-        """One batch, padded; "attention_mask" counts as tokens read; targets where the features have them."""
+        """One batch, padded; "attention_mask" counts as tokens read; targets where the features have them.
+
+        Features that `ready` has not seen are read here.
+        """
+
+    def amount(self, batch: Batch) -> int:
+        """What a batch holds, in `unit`."""
+        return int(batch["attention_mask"].sum())
 
     # --- training
 
@@ -243,7 +280,8 @@ class Task(ABC):
     # --- what is shown
 
     def rendered(self, feature: Feature) -> tuple[list[str], list[bool]]:
-        """The tokens of a feature as the model gets them, and which of them are targets."""
+        """The tokens of a feature as the model gets them, and which of them are targets; words that describe it where it has
+        no tokens."""
         ids, labels = feature["input_ids"], feature.get("labels")
         aimed = [label != IGNORED for label in labels] if isinstance(labels, list) and len(labels) == len(ids) else []
         return self.tokenizer.convert_ids_to_tokens(ids), aimed or [False] * len(ids)

@@ -117,7 +117,7 @@ class Part(Sequence[Feature]):
 def encoded_once(task: Task, examples: Sequence[Example], max_length: int | None, limit: int) -> Encoded:
     """What `task.encode` gives, from the cache where it has been made before. Raises what `task.encode` raises."""
     place = cache_folder("encoded")
-    if place is None:
+    if place is None or task.reads_files:  # which are not worth keeping a list of
         return task.encode(examples, max_length, limit)
     entry = place / _key(task, examples, max_length, limit)
     with suppress(OSError, ValueError, KeyError):  # an entry that cannot be read is made again

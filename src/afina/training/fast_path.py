@@ -145,11 +145,13 @@ def _first(
     limit = 0 if options.trunk_cache == "off" else parse_size(options.trunk_cache)
     place = cache_folder("trunk")
 
-    def every_step(why: str) -> bool:
+    def every_step(why: str, needed: str = f"; {shown_size(size)} would be needed") -> bool:
         used.enter_context(Trunk(stack, None).used())
-        notes.append(f"{frozen}, without dropout, and computed in every step ({why}; {shown_size(size)} would be needed)")
+        notes.append(f"{frozen}, without dropout, and computed in every step ({why}{needed})")
         return False
 
+    if task.varies:
+        return every_step(f"{task.varies} makes a training row another in every epoch", "")
     if place is None or size > limit:
         return every_step("AFINA_CACHE=off" if place is None else f"training.trunk_cache={options.trunk_cache}")
     inside = used.enter_context(ExitStack())
@@ -255,8 +257,8 @@ def _last(
     model: Any, task: Task, stack: Stack, probe: Batch, engine: Engine, used: ExitStack, notes: list[str]
 ) -> None:
     """Compute the last block where it is read."""
-    mask = probe["attention_mask"]
-    if len(mask) < 2 or len({int(row.sum()) for row in mask}) < 2 or stack.depth == len(stack.blocks):
+    mask = probe.get("attention_mask")
+    if mask is None or len(mask) < 2 or len({int(row.sum()) for row in mask}) < 2 or stack.depth == len(stack.blocks):
         return
 
     def logits() -> torch.Tensor:

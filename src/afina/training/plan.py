@@ -23,7 +23,6 @@ from torch import nn
 
 from afina.core.codecs import logical_numel
 from afina.core.codecs.outline import OutlineLinear
-from afina.core.config import TargetedConfig
 from afina.data.columns import chosen_columns
 from afina.data.divide import divided as divide_rows
 from afina.data.example import Example
@@ -40,10 +39,10 @@ from afina.memory.ready import ready_bytes, ready_weights
 from afina.memory.step import lean_step
 from afina.memory.storage import FLOATS, Storage, settled_weights
 from afina.memory.trace import Trace, faked
-from afina.tasks.catalogue import find_task
-from afina.tasks.task import Batch, Feature, Task
+from afina.tasks.catalogue import find_task, tasks
+from afina.tasks.task import Batch, Feature, Task, length_of
 from afina.training.cache import encoded_once
-from afina.training.models import ModelSource, find_model, load_config, load_tokenizer
+from afina.training.models import ModelSource, aim, find_model, load_config, load_processor, load_tokenizer
 from afina.training.optimizers import make_optimizer
 from afina.training.precision import choose_precision
 from afina.training.recipe import Recipe
@@ -75,7 +74,7 @@ class Planner:
     @property
     def longest(self) -> int:
         """Tokens of the longest training row."""
-        return _length(self.features["train"][0])
+        return length_of(self.features["train"][0])
 
     def plan(self, recipe: Recipe) -> Footprint:
         """The footprint of a run with these settings, of one process. `training.gradient_accumulation` may not be auto."""
@@ -84,7 +83,7 @@ class Planner:
         lean_step(model, torch.device("cpu"), gradient_checkpointing=memory.gradient_checkpointing)
         assert isinstance(options.gradient_accumulation, int)
         at_once = options.at_once(self.longest, self.processes * options.gradient_accumulation)
-        wide = model.get_base_model().get_input_embeddings().weight.shape[0]
+        wide = _vocabulary(model)
         batches = [
             task.collate(self.features[side][:count])
             for side, count in (("train", at_once), ("evaluate", options.read_at_once))
@@ -130,10 +129,10 @@ class Planner:
         task.storage = Storage.of(weights, load_config(self.source), empty=True)
         base = task.load_model(self.source.path)
         fit_embeddings(base, task.tokenizer, config)
-        idle = task.idle(base)
-        if idle and isinstance(config, TargetedConfig) and config.exclude_modules is None:
-            config.exclude_modules = idle
-        return get_peft_model(base, config), task
+        aim(config, task, base)
+        model = get_peft_model(base, config)
+        task.paths(model)
+        return model, task
 
     def _step(
         self, trace: Trace, model: Any, task: Task, trained: list[Any], optimizer: Any, rows: Batch, *, several: bool
@@ -205,7 +204,10 @@ def planner_for(
     except ConfigError as error:
         problems.add(f"{spell('model')}: {error}")
     has_file = bool(recipe.data.file) and (Path(recipe.data.file).exists() or recipe.training.max_length is None)
-    if not has_file and recipe.training.max_length is None:
+    files = recipe.task["name"] in tasks() and find_task(recipe.task["name"]).reads_files
+    if files:
+        has_file = has_file and Path(recipe.data.file).exists()
+    elif not has_file and recipe.training.max_length is None:
         problems.add(
             f"{spell('training.max_length')} is missing: without {spell('data.file')} the length of the rows has to be said"
         )
@@ -214,20 +216,24 @@ def planner_for(
     made = find_task(recipe.task["name"])
     options = made.Options(**{k: v for k, v in recipe.task.items() if k != "name"})
     notes: list[str] = []
-    tokenizer = _tokenizer(source)
-    if tokenizer is None:
-        tokenizer = one_word_tokenizer(load_config(source))
+    processor = load_processor(source, made.processor_kind) if files else _tokenizer(source)
+    if processor is None:
+        processor = one_word_tokenizer(load_config(source))
         notes.append("there is no tokenizer beside the configuration, so every row is taken to have the full length")
         has_file = False
         if recipe.training.max_length is None:
             raise ConfigError(f"{spell('training.max_length')} is missing: without a tokenizer rows cannot be measured")
-    add_tokens(tokenizer, recipe.data.new_tokens)
+    if not files:
+        add_tokens(processor, recipe.data.new_tokens)
     if has_file:
         table = read_rows(recipe.data, made.kind)
         columns = chosen_columns(table, made.kind, recipe.data, problems, spell)
         problems.raise_as(ConfigError)
         done = divide_rows(table, made.kind, recipe.data, columns=columns, seed=recipe.training.seed)
         sides = {name: [done.examples[i] for i in rows] for name, rows in done.sides.items()}
+    elif (rows := made.stand_ins(options)) is not None:
+        sides = {name: list(rows) for name in ("train", "validation", "test")}
+        notes.append(f"no data file was read: every row is taken to be as large as they come, with {len(rows)} classes")
     else:
         assert recipe.training.max_length is not None
         sides = {name: rows_of_words(made, options, recipe.training.max_length) for name in ("train", "validation", "test")}
@@ -236,7 +242,7 @@ def planner_for(
             + (", with 2 classes" if made.kind.labels in ("class", "classes") else "")
         )
     learned = made.learn(sides["train"], [*sides["validation"], *sides["test"]])
-    task = made(tokenizer, options, learned)
+    task = made(processor, options, learned)
     if device == "cpu":
         precision = choose_precision(recipe.training.precision, torch.device("cpu"))
     else:
@@ -271,22 +277,19 @@ def planner_of(
     for name, side in (("train", "train"), ("evaluate", largest)):
         first = ends[side] - len(sides[side])
         own = [f for f in made if first <= f["row"] < ends[side]]
-        own = sorted(own, key=_length, reverse=True)
-        most = max(recipe.training.at_once(_length(own[0]), 1), recipe.training.read_at_once)
+        own = sorted(own, key=length_of, reverse=True)
+        most = max(recipe.training.at_once(length_of(own[0]), 1), recipe.training.read_at_once)
         features[name] = own[:most]
         if notes:  # as many as are asked for
             features[name] = [own[i % len(own)] for i in range(most)]
     said = list(notes)
     if not notes:
-        longest = max(_length(f) for f in (*features["train"], *features["evaluate"]))
-        said.append(f"planned with the longest rows of the file: {longest} tokens")
+        longest = max(length_of(f) for f in (*features["train"], *features["evaluate"]))
+        if longest > 1:
+            said.append(f"planned with the longest rows of the file: {longest} {task.unit}")
     count = processes if processes is not None else int(os.environ.get("WORLD_SIZE", "1"))
     process = resident() if count == 1 else _PROCESS  # the same in each, so that all choose the same
     return Planner(task, source, config, features, device, precision, count, said, process)
-
-
-def _length(feature: Feature) -> int:
-    return sum(len(feature.get(key, ())) for key in ("input_ids", "decoder_ids", "pair_ids"))
 
 
 def _tokenizer(source: ModelSource) -> Any:
@@ -371,5 +374,21 @@ def _gathered(model: Any, weights: Mapping[str, int]) -> int:
     """Frozen bytes that are whole at once where weights lie in shards: two blocks, one at work and one on its way."""
     blocks = [m for m in model.modules() if type(m).__name__.endswith(("Block", "Layer", "DecoderLayer"))]
     sizes = [sum(p.numel() * p.element_size() for p in m.parameters()) for m in blocks]
-    embeddings = sum(p.numel() * p.element_size() for p in model.get_base_model().get_input_embeddings().parameters())
+    table = _table(model)
+    embeddings = table.weight.numel() * table.weight.element_size() if table is not None else 0
     return min(sum(weights.values()), max(2 * max(sizes, default=0), embeddings))
+
+
+def _table(model: Any) -> Any:
+    """The embeddings of tokens; None where there are none."""
+    try:
+        found = model.get_base_model().get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None
+    return found if isinstance(found, nn.Embedding) else None
+
+
+def _vocabulary(model: Any) -> int:
+    """Rows of the embeddings of tokens; 0 where there are none."""
+    table = _table(model)
+    return 0 if table is None else int(table.weight.shape[0])

@@ -22,7 +22,6 @@ from typing import Any, TextIO
 
 import torch
 
-from afina.core.config import TargetedConfig
 from afina.core.files import write_atomically
 from afina.core.fingerprint import fingerprint
 from afina.data.columns import chosen_columns
@@ -58,7 +57,7 @@ from afina.training.engines.lost import told_of_lost_processes
 from afina.training.fast_path import fast_path
 from afina.training.first import first_of_the_node
 from afina.training.loop import Fitted, fit, predict
-from afina.training.models import ModelSource, find_model, load_config, load_tokenizer
+from afina.training.models import ModelSource, aim, find_model, load_config, load_processor
 from afina.training.parts import settle_parts
 from afina.training.plan import planner_of
 from afina.training.precision import choose_precision
@@ -174,9 +173,10 @@ def _prepared(
     options = made.Options(**{k: v for k, v in recipe.task.items() if k != "name"})
     learned = made.learn(splits["train"], [*splits["validation"], *splits["test"]])
     named = (source, recipe.task, recipe.data.new_tokens)
-    tokenizer = shared.once("tokenizer", named, lambda: load_tokenizer(source))
-    add_tokens(tokenizer, recipe.data.new_tokens)
-    task = made(tokenizer, options, learned)
+    processor = shared.once("processor", named, lambda: load_processor(source, made.processor_kind))
+    task = made(processor, options, learned)
+    if task.tokenizer is not None:
+        add_tokens(task.tokenizer, recipe.data.new_tokens)
     if done.weights is not None:
         task.class_weights = task.weights(done.weights)
     recipe.training.best = recipe.training.best or next(iter(task.figures))
@@ -192,14 +192,15 @@ def _prepared(
     torch.manual_seed(seed)
     config.base_model_name_or_path = source.public_name
     base = shared.base(task, source.path, (named, learned, recipe.memory.weights, seed))
-    notes = fit_embeddings(base, tokenizer, config, spell("data.new_tokens") if recipe.data.new_tokens else "the tokenizer")
+    asked = spell("data.new_tokens") if recipe.data.new_tokens else "the tokenizer"
+    notes = fit_embeddings(base, task.tokenizer, config, asked)
     limit = task.limit(base) - int(getattr(config, "num_virtual_tokens", None) or 0)
+    if recipe.training.max_length is not None and task.tokenizer is None:
+        raise ConfigError(f"{spell('training.max_length')}: {task.name} reads no tokens, so it does nothing; leave it out")
     if recipe.training.max_length is not None and recipe.training.max_length > limit:
         asked = f"{spell('training.max_length')}={recipe.training.max_length}"
         raise ConfigError(f"{asked}: {recipe.model} takes at most {limit} tokens")
-    idle = task.idle(base)
-    if idle and isinstance(config, TargetedConfig) and config.exclude_modules is None:
-        config.exclude_modules = idle
+    notes += aim(config, task, base)
     model = get_peft_model(base, config)
     notes += lean_step(
         model, device, gradient_checkpointing=recipe.memory.gradient_checkpointing,
@@ -262,7 +263,7 @@ class Run:
     def example(self) -> tuple[Example, list[str], list[bool]]:
         """A training row of middling length, its tokens as the model gets them, and which of them are targets."""
         rows = self.rows["train"]
-        order = sorted(range(len(rows.features)), key=lambda i: len(rows.features[i]["input_ids"]))
+        order = sorted(range(len(rows.features)), key=lambda i: rows.lengths[i])
         middle = rows.features[order[len(order) // 2]]
         return rows.examples[middle["row"]], *self.task.rendered(middle)
 
@@ -327,6 +328,8 @@ class Run:
             if engine.main:
                 self._write_predictions(answers)
                 self.model.save_pretrained(self.output / ADAPTER, tokenizer=self.task.tokenizer)
+                if self.task.processor is not self.task.tokenizer:
+                    self.task.processor.save_pretrained(self.output / ADAPTER)
         batch, trained = self._compared(engine)
         if engine.main:
             metrics["read_back"] = self._read_back(batch, trained, engine)
@@ -371,9 +374,13 @@ class Run:
             "notes": [*self.divided.notes, *self.encoded.notes],
             "truncated": self.encoded.truncated,
             "max_length": self.encoded.max_length,
-            "tokens": {f"{share} %": lengths[last * share // 100] for share in (0, 5, 25, 50, 75, 95, 100)},
-            "token_histogram": histogram(lengths),
         }
+        if lengths[0] != lengths[-1] or self.task.tokenizer is not None:
+            report |= {
+                "unit": self.task.unit,
+                "tokens": {f"{share} %": lengths[last * share // 100] for share in (0, 5, 25, 50, 75, 95, 100)},
+                "token_histogram": histogram(lengths),
+            }
         _write_json(self.output / DATA / "data_report.json", report)
         self._write_recipe()
 
@@ -408,6 +415,7 @@ class Run:
                 "seconds": round(fitted.seconds, 2),
                 "steps": fitted.steps,
                 "best_epoch": fitted.best_epoch,
+                "unit": self.task.unit,
                 "tokens": fitted.tokens,
                 "tokens_per_second": round(fitted.tokens / fitted.seconds, 1),
                 "peak_memory_bytes": fitted.peak_memory_bytes,
@@ -441,12 +449,13 @@ class Run:
         if engine.name == "ddp":  # the memory of one base is enough for both
             _emptied(self.model)
             release(device)
-        task = task_from_settings(self.task.settings(), load_tokenizer(self.source, folder))
+        processor = load_processor(self.source, self.task.processor_kind, folder)
+        task = task_from_settings(self.task.settings(), processor)
         task.storage = self.task.storage
         fresh = PeftModel.from_pretrained(task.load_model(self.source.path), folder, tokenizer=task.tokenizer).to(device)
         length = self.encoded.max_length
-        again = task.encode([rows.examples[i] for i in chosen], length, length).features
-        if [f["input_ids"] for f in again] != [f["input_ids"] for f in rows.features if f["row"] in chosen]:
+        again = task.encode([rows.examples[i] for i in chosen], length, length or 0).features
+        if [f.get("input_ids") for f in again] != [f.get("input_ids") for f in rows.features if f["row"] in chosen]:
             raise CheckpointError(f"{folder}: the tokenizer that was written splits texts differently when read back")
         batch = {k: v.to(device) for k, v in task.collate(again[:_COMPARED]).items()}
         difference = float((trained - task.outputs(fresh.eval(), batch)).abs().max())
@@ -484,7 +493,7 @@ def _check_truncation(encoded: Encoded, texts: int, recipe: Recipe, spell: Calla
     if share > recipe.training.max_truncated:
         cure = (
             f"raise {spell('training.max_length')} (the model takes up to {limit})"
-            if encoded.max_length < limit
+            if (encoded.max_length or limit) < limit
             else "shorten the texts or take a model for longer ones"
         )
         raise DataError(

@@ -10,14 +10,15 @@ from typing import Any
 
 from afina.data.clean import normalised
 from afina.data.example import Example
-from afina.data.made import in_cell
+from afina.data.made import held, in_cell
+from afina.data.media import Look, looks_at
 from afina.errors import CheckpointError, DataError, Problems, shortened
 from afina.memory.storage import Storage
 from afina.model import PeftModel
-from afina.tasks.catalogue import task_from_settings
+from afina.tasks.catalogue import find_task, task_from_settings
 from afina.tasks.task import Rows, Task
 from afina.training.loop import make_engine, predict
-from afina.training.models import ModelSource, find_model, load_config, load_tokenizer
+from afina.training.models import ModelSource, find_model, load_config, load_processor
 from afina.training.recipe import Recipe, read_recipe
 
 __all__ = ["TrainedRun"]
@@ -59,7 +60,8 @@ class TrainedRun:
         recipe = read_recipe(folder / "recipe.yaml")
         settings = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["task"]
         source = find_model(recipe.model)
-        task = task_from_settings(settings, load_tokenizer(source, folder / "adapter"))
+        processor = load_processor(source, find_task(settings["name"]).processor_kind, folder / "adapter")
+        task = task_from_settings(settings, processor)
         task.storage = Storage.of(recipe.memory.weights if recipe.memory.weights != "auto" else "fp32", load_config(source))
         return recipe, task, source
 
@@ -72,12 +74,19 @@ class TrainedRun:
     def examples(self, rows: Sequence[Mapping[str, str]], lines: Sequence[int | str] = ()) -> list[Example]:
         """Rows by role as examples; those without a text have the text "". Raises DataError with what the task refuses."""
         made, problems, wrong = list[Example](), Problems("the rows"), 0
+        kind, looks = self.task.kind, dict[str, Look | str]()
+        for role, medium in kind.media.items():
+            looks |= looks_at([row[role].strip() for row in rows if row.get(role, "").strip()], medium)
         labels = {normalised(label): label for label in self.task.labels} if self.task.kind.labels == "class" else {}
         unknown = set()
         for line, row in zip(lines or range(1, len(rows) + 1), rows, strict=True):
             row = {role: in_cell(text, self.task.kind.columns[role], self.recipe.data.clean) for role, text in row.items()}
             try:
-                example = self.task.kind.make(row, line) if row["text"] else Example("", "", line)
+                for role in kind.media:
+                    if isinstance(broken := looks.get(row.get(role, "")), str):
+                        raise ValueError(f"{row[role]}: {broken}")
+                example = kind.make(row, line) if row[kind.input] else Example("", "", line)
+                example = replace(example, text=held(example.text, row, kind, looks))
             except ValueError as error:
                 wrong += 1
                 if wrong <= _NAMED:

@@ -26,9 +26,12 @@ def add_tokens(tokenizer: Any, tokens: list[str]) -> list[str]:
 def fit_embeddings(model: Any, tokenizer: Any, config: AdapterConfig, asked: str = "the tokenizer") -> list[str]:
     """Rows of the embeddings for all tokens, trained where they are new; returns what was done, as sentences.
 
-    `asked` names the option that new tokens came from. Raises ConfigError where the method cannot train single rows.
+    Nothing is done where there is no tokenizer. `asked` names the option that new tokens came from. Raises ConfigError where
+    the method cannot train single rows.
     """
-    notes = []
+    notes: list[str] = []
+    if tokenizer is None:
+        return notes
     embeddings = model.get_input_embeddings()
     rows, needed = int(embeddings.weight.shape[0]), max(tokenizer.get_vocab().values()) + 1
     if needed > rows:

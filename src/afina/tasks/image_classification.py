@@ -1,0 +1,74 @@
+"""One class a picture: ViT, Swin, ConvNeXt, MobileNet and all others with a classification head in transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from afina.data.example import Column, Example, Kind
+from afina.data.pictures import PICTURE
+from afina.tasks.classification import Classification, ClassificationOptions
+from afina.tasks.loading import load_base, own_labels, renew_heads
+from afina.tasks.pictures import PictureOptions, PictureTask
+from afina.tasks.task import Batch, Encoded, Feature
+
+__all__ = ["ImageClassification", "ImageClassificationOptions"]
+
+
+@dataclasses.dataclass
+class ImageClassificationOptions(PictureOptions, ClassificationOptions):
+    """How training pictures are varied, and what is done with probabilities."""
+
+
+def make(row: Mapping[str, str], line: int | str) -> Example:
+    """A path and its label."""
+    return Example(row["image"], row.get("label", ""), line, row["image"])
+
+
+class ImageClassification(PictureTask, Classification):
+    """One class of several for a picture."""
+
+    name = "image_classification"
+    task_type = None
+    kind = Kind(
+        columns={
+            "image": Column("the path of the picture", ("image", "file_name", "file", "path", "filename", "image_path"),
+                            repair=False, medium=PICTURE),
+            "label": Column("the class", ("label", "class", "category", "target")),
+        },
+        labels="class",
+        make=make,
+    )  # fmt: skip
+    Options: ClassVar[type] = ImageClassificationOptions
+
+    def load_model(self, path: str) -> Any:
+        """The base with a head of one output a label; a new one where its classes are other than the checkpoint's."""
+        from transformers import AutoModelForImageClassification
+
+        own = own_labels(path)
+        if set(own) == set(self.labels):  # the checkpoint's head knows these classes: it is kept, and so is its order
+            self.learned["labels"] = own
+            return load_base(self, AutoModelForImageClassification, path)
+        model = load_base(self, AutoModelForImageClassification, path, **self.heads())
+        if len(own) == len(self.labels) and not self.storage.empty:
+            renew_heads(model)
+        return model
+
+    def encode(self, examples: Sequence[Example], max_length: int | None, limit: int) -> Encoded:
+        """Paths, and labels where examples have them."""
+        made = super().encode(examples, max_length, limit)
+        number = {label: i for i, label in enumerate(self.labels)}
+        for feature, example in zip(made.features, examples, strict=True):
+            if example.label:
+                feature["label"] = number[example.label]
+        return made
+
+    def collate(self, features: Sequence[Feature]) -> Batch:
+        """Pixels `[rows, channels, height, width]` and, where the features have them, labels `[rows]`."""
+        batch = super().collate(features)
+        if "label" in features[0]:
+            batch["labels"] = torch.tensor([f["label"] for f in features])
+        return batch

@@ -1,0 +1,157 @@
+"""What tasks on pictures have in common: a picture becomes what the model's image processor makes of it, when it is needed.
+
+Features hold a path and a digest; pixels are read when a batch is made (by threads, a step ahead), so that a folder of any
+size takes the memory of two steps. Augmentation cuts out a part of a training picture and mirrors it; what is drawn follows
+from seed, step and row alone.
+
+BatchNorm keeps the statistics of the checkpoint, whatever is trained: estimated anew from small batches they would follow
+the size of the parts a step is computed in (T25), and the frozen layers above would read other numbers than they were
+trained on. Its scale and shift can be trained like any other weight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from afina.core.config import option
+from afina.data.example import Example
+from afina.data.pictures import read_picture
+from afina.errors import DataError
+from afina.tasks.task import NO_LIMIT, Batch, Encoded, Feature, Task
+
+__all__ = ["PictureOptions", "PictureTask", "cut_out"]
+
+_SIZE = (640, 480)  # of a picture that stands for any
+_ASPECTS = (3 / 4, 4 / 3)
+
+
+@dataclasses.dataclass
+class PictureOptions:
+    """How training pictures are varied."""
+
+    augment: str = option(
+        "none", "vary training pictures: crop cuts out a part, flip mirrors every second one, crop_and_flip does both",
+        choices=("none", "crop", "flip", "crop_and_flip"),
+    )  # fmt: skip
+    crop: float = option(0.5, "smallest share of a picture's area that a crop keeps", low=0.01, high=1.0)
+
+
+def cut_out(size: tuple[int, int], least: float, chance: random.Random) -> tuple[int, int, int, int]:
+    """A box (left, upper, right, lower) of at least this share of the area, of any shape between 3:4 and 4:3 of the
+    picture's own."""
+    width, height = size
+    for _ in range(10):
+        area = chance.uniform(least, 1.0) * width * height
+        aspect = width / height * np.exp(chance.uniform(*np.log(_ASPECTS)))
+        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if 0 < w <= width and 0 < h <= height:
+            left, upper = chance.randint(0, width - w), chance.randint(0, height - h)
+            return left, upper, left + w, upper + h
+    return 0, 0, width, height
+
+
+class PictureTask(Task):
+    """A task whose input is a picture. `Options` has the fields of `PictureOptions`."""
+
+    processor_kind: ClassVar[str] = "image_processor"
+    unit: ClassVar[str] = "pictures"
+    reads_files: ClassVar[bool] = True
+    options: Any
+
+    @classmethod
+    def stand_ins(cls, options: Any) -> list[Example] | None:
+        """Two pictures of one colour."""
+        return [Example(label, label, i, "") for i, label in enumerate(("first", "second"), 1)]
+
+    def limit(self, model: Any) -> int:
+        """None that is known."""
+        return NO_LIMIT
+
+    @property
+    def varies(self) -> str:
+        """Where pictures are augmented."""
+        return "" if self.options.augment == "none" else f"task.augment={self.options.augment}"
+
+    def paths(self, model: Any) -> list[str]:
+        """Hold the statistics of BatchNorm still, and say so."""
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        for norm in norms:
+            norm.eval()
+            norm.train = _stays(norm)  # type: ignore[method-assign]
+        if not norms:
+            return []
+        return [f"{len(norms)} BatchNorm layers keep the statistics of the checkpoint, in training too"]
+
+    # --- rows
+
+    def encode(self, examples: Sequence[Example], max_length: int | None, limit: int) -> Encoded:
+        """The path of every picture and a digest of what it holds; its targets are for the task to add."""
+        features = [{"file": e.value, "holds": e.text, "length": 1, "row": i} for i, e in enumerate(examples)]
+        return Encoded(features, 0, None)
+
+    def ready(self, feature: Feature, chance: str | None = None) -> Feature:
+        """With "pixel_values" `[channels, height, width]` float32, as the processor makes them."""
+        return {**feature, "pixel_values": self._pixels(self.opened(feature), chance)}
+
+    def opened(self, feature: Feature) -> Any:
+        """The picture of a feature. Raises DataError where it can no longer be read."""
+        if not feature["file"]:
+            from PIL import Image
+
+            return Image.new("RGB", _SIZE)
+        try:
+            return read_picture(feature["file"])
+        except (ValueError, OSError) as error:
+            raise DataError(f"{feature['file']}: {error}; it could be read when the run began") from None
+
+    def _pixels(self, picture: Any, chance: str | None) -> np.ndarray:
+        if chance is None or not self.varies:
+            return self._processed(picture)
+        from PIL import Image
+
+        drawn = random.Random(chance)
+        size = self._processed(Image.new("RGB", picture.size)).shape[:0:-1]
+        if "crop" in self.options.augment:
+            picture = picture.crop(cut_out(picture.size, self.options.crop, drawn))
+            picture = picture.resize(size, Image.Resampling.BILINEAR)
+        else:
+            return self._flipped(self._processed(picture), drawn)
+        return self._flipped(self._processed(picture, do_resize=False, do_center_crop=False), drawn)
+
+    def _flipped(self, pixels: np.ndarray, drawn: random.Random) -> np.ndarray:
+        return pixels[..., ::-1].copy() if "flip" in self.options.augment and drawn.random() < 0.5 else pixels
+
+    def _processed(self, picture: Any, **settings: Any) -> np.ndarray:
+        made = self.processor(images=picture, return_tensors="np", **settings)["pixel_values"]
+        return np.asarray(made[0], dtype=np.float32)
+
+    def collate(self, features: Sequence[Feature]) -> Batch:
+        """Pixels `[rows, channels, height, width]`."""
+        made = [f if "pixel_values" in f else self.ready(f) for f in features]
+        shapes = {f["pixel_values"].shape: f["file"] for f in made}
+        if len(shapes) > 1:
+            said = ", ".join(f"{list(shape)} ({file})" for shape, file in list(shapes.items())[:3])
+            raise DataError(f"this model's image processor makes pictures of different sizes: {said}; a batch needs one")
+        return {"pixel_values": torch.from_numpy(np.stack([f["pixel_values"] for f in made]))}
+
+    def amount(self, batch: Batch) -> int:
+        """Pictures."""
+        return len(batch["pixel_values"])
+
+    def rendered(self, feature: Feature) -> tuple[list[str], list[bool]]:
+        """Its size as the model gets it."""
+        channels, height, width = self.ready(feature)["pixel_values"].shape
+        said = [f"{width} x {height} pixels, {channels} channels"]
+        return said, [False]
+
+
+def _stays(module: nn.Module) -> Any:
+    """A `train` that leaves the module in evaluation."""
+    return lambda mode=True: module
