@@ -86,6 +86,20 @@ def test_a_step_takes_what_was_planned(configured, setting):
     assert expected == pytest.approx(measured, rel=0.15)
 
 
+def test_blocks_computed_once_are_planned_with_all_rows_read_at_once_and_lie_on_the_disk(configured):
+    def plan(**options):
+        method = {"name": "last_layers", "num_layers": 1}
+        return planned(recipe_of(configured / "bert", method=method, batch_size=1, evaluation_batch_size=64, **options))
+
+    once, each, kept = plan(), plan(trunk_cache="off"), plan(frozen_dropout="keep")
+    assert "the first 3 of 4 blocks are frozen and computed once a row" in once.disk
+    assert "on the disk (up to 4GB)" in once.disk
+    assert "computed in every step (training.trunk_cache=off)" in each.disk
+    assert kept.disk == ""
+    work = [p.moments["train"].device["workspace"] for p in (once, each)]
+    assert work[0] > 64 * 61 * 1021 * 4 > 5 * work[1]  # what is between the two layers of a block
+
+
 @pytest.mark.parametrize("kind", ["int8", "nf4", "int8_weight_only"])
 def test_outlines_store_what_loading_stores(tmp_path, kind):
     library = "torchao" if kind == "int8_weight_only" else "bitsandbytes"

@@ -106,6 +106,8 @@ def show_footprint(footprint: Footprint, planner: Planner) -> None:
         parts = ", ".join(f"{titled(name)} {shown_size(size)}" for name, size in moment.host.items())
         said += f"; {shown_size(footprint.host)} of the host's memory ({parts})"
     console().print(f"{said}.", markup=False)
+    if footprint.disk:
+        console().print(f"{footprint.disk[0].upper()}{footprint.disk[1:]}.", markup=False)
 
 
 _WHILE = {"load": "the model is loaded", "train": "a step is computed", "evaluate": "rows are read"}

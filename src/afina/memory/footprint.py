@@ -50,6 +50,7 @@ class Footprint:
     device: str
     moments: dict[str, Moment]
     notes: list[str] = field(default_factory=list)
+    disk: str = ""  # what lies there and so not in memory
 
     @property
     def decisive(self) -> str:
@@ -76,7 +77,7 @@ class Footprint:
         """As JSON."""
         moments = {name: {"device": dict(m.device), "host": dict(m.host)} for name, m in self.moments.items()}
         return {"device": self.device, "bytes": self.total, "host_bytes": self.host, "decisive": self.decisive,
-                "moments": moments, "notes": list(self.notes)}  # fmt: skip
+                "moments": moments, "notes": list(self.notes), "disk": self.disk}  # fmt: skip
 
 
 def divided(

@@ -31,6 +31,7 @@ __all__ = ["alike", "alone_because", "tried"]
 _HEADROOM = 0.1  # of the memory, left free
 _CLOSE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}  # of a loss, relative
 _GAIN = 0.95  # of the time of the runs by themselves, that a joined pass may take
+_TIMED = 3  # runs of that pass; what few of them gain more of them gain, too
 
 
 def alone_because(run: Run) -> str | None:
@@ -157,12 +158,13 @@ def _measured(runs: Mapping[str, Run], joined: JoinedModel, engine: Any) -> int 
     most = min(len(runs), max(1, int((budget - peaks[0]) // slope) + 1))
     if most < 2:
         return "two of them at once take more memory than there is"
-    some = dict(list(_asked(runs, engine, size).items())[:most])
+    few = min(most, _TIMED)
+    some = dict(list(_asked(runs, engine, size).items())[:few])
     one = next(iter(some.values()))
-    alone = _seconds(lambda: by_itself(one), engine) * most
+    alone = _seconds(lambda: by_itself(one), engine) * few
     together = _seconds(lambda: learn(some), engine)
     if together > _GAIN * alone:
-        return f"measured: a step of {most} runs in one pass takes {together / alone:.2f} of the time of {most} passes"
+        return f"measured: a step of {few} runs in one pass takes {together / alone:.2f} of the time of {few} passes"
     return most
 
 

@@ -37,7 +37,7 @@ from afina.training.cache import cache_folder
 from afina.training.engines.engine import Engine
 from afina.training.recipe import TrainingOptions
 
-__all__ = ["fast_path"]
+__all__ = ["engine_dtype", "fast_path", "states_size"]
 
 _KNOWN: dict[int, tuple[weakref.ref[torch.Tensor], int, bytes]] = {}  # hashes of tensors by their id
 _PROBED = 4  # rows that are tried
@@ -74,12 +74,12 @@ def fast_path(
         elif isinstance(stack := find_stack(model, call), str):
             notes.append(f"every step computes the whole model: {stack}")
         else:
-            _last(model, task, stack, probe, engine, used, notes)
             if stack.depth:
                 if _first(task, model, stack, rows, options, engine, call, used, notes, say):
                     known = list(stack.blocks[: stack.depth])
             else:
                 notes.append("something is trained in or before the first block, so every block is computed in every step")
+            _last(model, task, stack, probe, engine, used, notes)  # the rows it tries pass over the trunk
         if spare and not engine.sharded:
             _ready(model, engine, known, used, notes, call)
         used.enter_context(quick_dropout())
@@ -140,8 +140,7 @@ def _first(
         notes.append(f"{frozen} and computed in every step (training.frozen_dropout=keep)")
         return False
     tokens = sum(rows["train"].lengths) + sum(rows["validation"].lengths)
-    width = next((p.shape[-1] for p in stack.blocks[0].parameters() if p.dim() == 1), 0)
-    size = tokens * width * 4
+    size = states_size(stack, tokens)
     limit = 0 if options.trunk_cache == "off" else parse_size(options.trunk_cache)
     place = cache_folder("trunk")
 
@@ -171,6 +170,11 @@ def _first(
         return every_step(f"{place} cannot be written: {error.strerror or error}")
     notes.append(f"{frozen}, without dropout, and computed once a row{before} ({shown_size(size)} on the disk)")
     return "pair_ids" not in rows["train"].features[0]
+
+
+def states_size(stack: Stack, tokens: int) -> int:
+    """Bytes that the states of so many tokens take at most."""
+    return tokens * next((p.shape[-1] for p in stack.blocks[0].parameters() if p.dim() == 1), 0) * 4
 
 
 def _fill(

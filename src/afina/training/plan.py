@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -29,6 +29,7 @@ from afina.data.example import Example
 from afina.data.sources import read_rows
 from afina.errors import ConfigError, Problems
 from afina.fast.attention import short_attention
+from afina.fast.blocks import find_stack
 from afina.fast.dropout import quick_dropout
 from afina.functions import get_peft_model
 from afina.memory.devices import allocator_of, autocast_of, backward, hidden_of, kernels_of, overhead_of
@@ -36,12 +37,14 @@ from afina.memory.footprint import Footprint, Moment, divided
 from afina.memory.loading import READ_BEFORE_TIDYING
 from afina.memory.measure import resident
 from afina.memory.ready import ready_bytes, ready_weights
+from afina.memory.sizes import parse_size, shown_size
 from afina.memory.step import lean_step
 from afina.memory.storage import FLOATS, Storage, settled_weights
 from afina.memory.trace import Trace, faked
 from afina.tasks.catalogue import find_task, tasks
 from afina.tasks.task import Batch, Feature, Task, length_of
 from afina.training.cache import encoded_once
+from afina.training.fast_path import states_size
 from afina.training.models import ModelSource, aim, find_model, load_config, load_processor, load_tokenizer
 from afina.training.optimizers import make_optimizer
 from afina.training.precision import choose_precision
@@ -57,6 +60,10 @@ _PROCESS = 500_000_000  # bytes of Python with its libraries
 _SMALL = 4096  # parameters with fewer values keep a float32 state in an 8-bit optimizer
 
 
+class _Enough(Exception):  # noqa: N818 (it is no error)
+    """What comes after is not wanted."""
+
+
 @dataclass
 class Planner:
     """All that plans of one recipe share; `plan` may be asked for other settings of it."""
@@ -70,6 +77,7 @@ class Planner:
     processes: int = 1
     notes: list[str] = field(default_factory=list)
     process: int = field(default_factory=resident)  # bytes of the process without the model
+    tokens: int | None = None  # of all rows that are learned from or validated on, where they are known
 
     @property
     def longest(self) -> int:
@@ -93,17 +101,18 @@ class Planner:
         drawn = quick_dropout() if self.device == "cpu" else nullcontext()
         with kernels_of(self.device), products, drawn, trace:
             trained = _placed(trace, model)
+            disk, known = self._trunk(trace, model, task, batches[1], recipe)
             optimizer = _optimizer(trace, options.optimizer, trained, options.weight_decay)
             task.label_smoothing, several = options.label_smoothing, options.gradient_accumulation > 1
-            with ready_weights(model, self._ready(recipe)) as copies:
+            with ready_weights(model, self._ready(recipe), without=known) as copies:
                 trace.follow(copies, "ready")
                 self._step(trace, model, task, trained, optimizer, batches[0], several=several)
             del copies
             self._read(trace, model, task, batches[1])
         weights = {k: v for k, v in trace.peak("").parts.items() if k.startswith("weights")}
-        ready = ready_bytes(model, self._ready(recipe))
+        ready = ready_bytes(model, self._ready(recipe), without=known)
         moments = {"load": self._load(weights, model, task.storage)}
-        for name, phases in (("train", ("forward", "backward", "step")), ("evaluate", ("evaluate",))):
+        for name, phases in (("train", ("trunk", "forward", "backward", "step")), ("evaluate", ("evaluate",))):
             parts = trace.peak(*phases, allocator=allocator_of(self.device, tight=memory.tight)).parts
             if name == "evaluate" and ready:  # rows are read between steps, too
                 parts["ready"] = ready
@@ -115,7 +124,7 @@ class Planner:
             on_device, host = divided(parts, engine.engine, self.processes, offload=engine.offload, gathered=gathered)
             moments[name] = Moment(on_device, {**host, **kept})
         self._surroundings(moments)
-        return Footprint(self.device, moments, list(self.notes))
+        return Footprint(self.device, moments, list(self.notes), disk)
 
     def _ready(self, recipe: Recipe) -> torch.dtype:
         """The type in which frozen weights are held ready; float32: they are not."""
@@ -158,6 +167,41 @@ class Planner:
                 optimizer.step()
         for p in trained:
             p.grad = None
+
+    def _trunk(
+        self, trace: Trace, model: Any, task: Task, rows: Batch, recipe: Recipe
+    ) -> tuple[str, list[nn.Module]]:
+        """Pass as many rows as are read at once over the blocks that a run computes once a row (`fast_path`), without
+        gradients; says what of that lies on the disk, and gives the blocks that are not computed in steps."""
+        options, lists = recipe.training, [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+        frozen = any(not any(p.requires_grad for p in blocks[0].parameters()) for blocks in lists)
+        if not frozen or options.frozen_dropout == "keep" or recipe.distributed.engine in ("fsdp2", "zero3"):
+            return "", []
+        batch = {k: faked(trace, v) for k, v in rows.items()}
+        model.eval()
+
+        def call() -> None:
+            with autocast_of(self.precision):
+                task.loss_sum(model, batch)
+
+        stack = find_stack(model, call)
+        if isinstance(stack, str) or not stack.depth:
+            return "", []
+        size = None if self.tokens is None else states_size(stack, self.tokens)
+        blocks = f"the first {stack.depth} of {len(stack.blocks)} blocks"
+        if options.trunk_cache == "off" or (size or 0) > parse_size(options.trunk_cache):
+            return f"{blocks} are frozen and computed in every step (training.trunk_cache={options.trunk_cache})", []
+
+        def enough(*_: Any) -> None:
+            raise _Enough
+
+        hook = stack.blocks[stack.depth - 1].register_forward_hook(enough)
+        with trace.phase("trunk"), torch.no_grad(), suppress(_Enough):
+            call()
+        hook.remove()
+        room = f"up to {options.trunk_cache}" if size is None else f"at most {shown_size(size)}"
+        said = f"{blocks} are frozen and computed once a row; what they give lies on the disk ({room}), not in memory"
+        return said, [] if "pair_ids" in self.features["train"][0] else list(stack.blocks[: stack.depth])
 
     def _read(self, trace: Trace, model: Any, task: Task, rows: Batch) -> None:
         """A batch of evaluation, in the arithmetic in which the test rows are read."""
@@ -289,7 +333,8 @@ def planner_of(
             said.append(f"planned with the longest rows of the file: {longest} {task.unit}")
     count = processes if processes is not None else int(os.environ.get("WORLD_SIZE", "1"))
     process = resident() if count == 1 else _PROCESS  # the same in each, so that all choose the same
-    return Planner(task, source, config, features, device, precision, count, said, process)
+    tokens = None if notes else sum(length_of(f) for f in made if f["row"] < ends["validation"])
+    return Planner(task, source, config, features, device, precision, count, said, process, tokens)
 
 
 def _tokenizer(source: ModelSource) -> Any:
