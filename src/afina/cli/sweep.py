@@ -124,6 +124,7 @@ def _train(
     from afina.sweep.common import Common
     from afina.sweep.points import results_of, write_points
     from afina.sweep.sweep import check_points, train_points
+    from afina.tasks.task import Figure
 
     finished = {one.point.number for one in results_of(output, points) if one.state == "finished"}
     left = [point for point in own if point.number not in finished]
@@ -141,6 +142,7 @@ def _train(
             out.print(f"  {note}", markup=False)
         out.print(f"\nThe first point, {left[0]}:", markup=False)
         show_plan(shown)
+        known = {"loss": Figure("loss"), **shown.task.figures}
         del shown
         if dry_run:
             out.print("\nNothing was trained or written (--dry-run).")
@@ -150,7 +152,8 @@ def _train(
 
         def tell(point: Any, line: dict[str, Any]) -> None:
             if "validation_loss" in line and not silent:
-                figures = [f"{k.removeprefix('validation_')} {v:.4g}" for k, v in line.items() if _is_figure(k, v)]
+                read = {key: line[f"validation_{key}"] for key in known if f"validation_{key}" in line}
+                figures = [f"{known[key].title} {known[key].shown(value)}" for key, value in read.items()]
                 best = "  best so far" if line["best"] else ""
                 said = f"  point {point.number}  epoch {line['epoch']}  loss {line['train_loss']:.3f}   validation: "
                 out.print(said + "  ".join(figures) + best, markup=False)
@@ -172,10 +175,6 @@ def _train(
     elif dry_run:
         return
     show_found(output, results_of(output, points), time.perf_counter() - started)
-
-
-def _is_figure(key: str, value: Any) -> bool:
-    return key.startswith("validation_") and isinstance(value, int | float)
 
 
 def show_found(output: Path, found: list[Found], seconds: float | None = None) -> None:

@@ -50,6 +50,7 @@ class Lane:
     writes: bool
     limit: int  # tokens that the base takes
     served: list[Served] = field(default_factory=list)
+    mixture: tuple[tuple[str, ...], State] | None = None  # the last one, which the next token's often equals
 
     @property
     def adapters(self) -> AdapterSet:
@@ -59,7 +60,10 @@ class Lane:
     def state(self, adapters: Sequence[str]) -> State:
         """What a forward pass is to do whose rows use these adapters."""
         if len({*adapters}) > 1:
-            return State(rows=Rows(adapters))
+            names = tuple(adapters)
+            if self.mixture is None or self.mixture[0] != names:
+                self.mixture = names, State(rows=Rows(names, steady=True))
+            return self.mixture[1]
         return State(enabled=False) if adapters[0] == BASE_ROW else State((adapters[0],))
 
 

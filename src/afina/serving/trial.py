@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from afina.core.mixed import told
 from afina.core.runtime import BASE_ROW
 from afina.errors import AfinaError
 from afina.serving.models import Lane, Models, Served
@@ -44,6 +45,11 @@ def try_out(models: Models) -> None:
             models.notes.append(f"{served.name} writes one answer after another, without streaming: {reason}")
         elif not served.mixes:
             models.notes.append(f"rows of {served.name} are computed in batches of their own: its adapter cannot be mixed")
+    for lane in models.lanes:
+        lane.mixture = None  # the adapters of the trial
+        names = [served.adapter for served in lane.served if served.mixes and served.tuned]
+        if len(names) > 1:
+            models.notes.append(told(lane.adapters.layers, names))
 
 
 def _ids(served: Served, count: int) -> list[int]:
