@@ -56,7 +56,9 @@ def show_plan(run: Run) -> None:
         run.task.unit: f"{lengths[len(lengths) // 2]:,} a row in the middle, {lengths[-1]:,} at most"
         + (f"; {run.encoded.truncated} rows cut off at {run.encoded.max_length}" if run.encoded.max_length else "")
     } if lengths[-1] > 1 else {}  # fmt: skip
-    pairs({**known, **({"": "\n".join(run.encoded.notes)} if run.encoded.notes else {})})
+    known |= {"": "\n".join(run.encoded.notes)} if run.encoded.notes else {}
+    if known:
+        pairs(known)
     example, tokens, aimed = run.example()
     heading(f"One training row as the model sees it (line {example.line})")
     parts = {run.columns[role]: _begin(example.row[role]) for role in run.columns}
