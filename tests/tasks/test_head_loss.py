@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +11,16 @@ import transformers as tf
 
 import afina
 from afina.tasks import head_loss
-from afina.tasks.head_loss import Aim, Behind, loss_sum, losses_and_hits, supervised, why_whole
+from afina.tasks.head_loss import (
+    Aim,
+    Behind,
+    divergences,
+    loss_sum,
+    losses_and_hits,
+    supervised,
+    target_losses,
+    why_whole,
+)
 
 VOCABULARY = 101
 SMALL = {"vocab_size": VOCABULARY, "initializer_range": 0.4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -174,6 +184,39 @@ def test_loss_gradients_and_figures_are_those_of_whole_logits(name, method, whol
     torch.testing.assert_close(losses, theirs, rtol=1e-5, atol=1e-5)
     assert torch.equal(hits, theirs_hits)
     assert float(losses.sum()) == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "Gemma2", "Cohere", "Granite", "BART"])
+@pytest.mark.parametrize("method", ["lora", "head too", "tokens"])
+def test_each_target_takes_a_gradient_of_its_own(name, method, whole):
+    model = adapted(name, method)
+    inputs, aim = task(model)
+    weights = torch.randn(len(aim.rows), generator=torch.Generator().manual_seed(6))
+    expected = whole(target_losses, model, inputs, aim, temperature=1.7)
+    wanted = gradients(model, (expected * weights).sum())
+    found = target_losses(model, inputs, aim, temperature=1.7)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    compare(gradients(model, (found * weights).sum()), wanted)
+    with torch.no_grad():
+        torch.testing.assert_close(target_losses(model, inputs, aim, temperature=1.7), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "BART"])
+@pytest.mark.parametrize("method", ["lora", "head too"])
+def test_divergences_are_those_of_whole_distributions(name, method):
+    model = adapted(name, method)
+    inputs, aim = task(model)
+    own, other, apart = divergences(model, inputs, aim, model.disable_adapter)
+    scores = []
+    for state in (nullcontext(), model.disable_adapter()):
+        with state, torch.no_grad():
+            scores.append(model(**inputs).logits[:, -aim.width :][aim.rows, aim.places].double().log_softmax(1))
+    for losses, said in ((own, scores[0]), (other, scores[1])):
+        torch.testing.assert_close(losses, -said.gather(1, aim.tokens[:, None])[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(apart, (scores[0].exp() * (scores[0] - scores[1])).sum(1), rtol=1e-4, atol=1e-6)
+    assert float(apart.min()) >= 0.0
+    assert float(apart.max()) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma2", "BART"])

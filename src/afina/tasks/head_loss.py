@@ -18,7 +18,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,10 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from afina.tasks.task import IGNORED
 
-__all__ = ["Aim", "Behind", "loss_sum", "losses_and_hits", "supervised", "why_whole"]
+__all__ = [
+    "Aim", "Behind", "divergences", "has_values", "loss_sum", "losses_and_hits", "supervised", "target_losses", "why_whole",
+]  # fmt: skip
 
 
 _VALUES = 1 << 24  # logits that are there at once; 64 MB in float32
@@ -68,12 +71,13 @@ class Behind:
         return logits if self.shift is None else logits + self.shift.to(logits)
 
     def carried(self, value: torch.Tensor) -> torch.Tensor:
-        """What comes out as `value` behind the head, or as `value * _STILL_STRAIGHT` where there is a cap; `[1, 1, 1]`."""
-        return (value / self.scale * (1.0 if self.cap is None else _STILL_STRAIGHT)).reshape(1, 1, 1)
+        """What comes out as the `n` values behind the head, or as `value * _STILL_STRAIGHT` where there is a cap;
+        `[1, n, 1]`."""
+        return (value / self.scale * (1.0 if self.cap is None else _STILL_STRAIGHT)).reshape(1, -1, 1)
 
     def arrived(self, logits: torch.Tensor) -> torch.Tensor:
-        """The value that `carried` sent."""
-        value = logits.flatten()[0]
+        """The values `[n]` that `carried` sent."""
+        value = logits[0, :, 0]
         if self.shift is not None:
             value = value - self.shift[0].to(value)
         return value if self.cap is None else value / _STILL_STRAIGHT
@@ -82,12 +86,12 @@ class Behind:
 def supervised(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Row and place of every target among labels `[rows, tokens]`; of all places where labels have no values
     (the meta device, fake tensors)."""
-    targets = torch.ones(labels.shape, dtype=torch.bool) if not _has_values(labels) else labels != IGNORED
+    targets = torch.ones(labels.shape, dtype=torch.bool) if not has_values(labels) else labels != IGNORED
     rows, places = targets.nonzero(as_tuple=True)
     return rows.to(labels.device), places.to(labels.device)
 
 
-def _has_values(tensor: torch.Tensor) -> bool:
+def has_values(tensor: torch.Tensor) -> bool:
     """Whether there is more of a tensor than its shape."""
     from torch._subclasses.fake_tensor import FakeTensor
 
@@ -118,7 +122,73 @@ def loss_sum(model: Any, inputs: Mapping[str, torch.Tensor], aim: Aim, *, label_
         return behind.carried(_Known.apply(value, *known) if known else value)  # type: ignore[no-untyped-call]
 
     with _in_place_of(base.get_output_embeddings(), inside):
+        return behind.arrived(model(**inputs, **_uncached(base)).logits)[0]
+
+
+def target_losses(
+    model: Any, inputs: Mapping[str, torch.Tensor], aim: Aim, *, temperature: float = 1.0
+) -> torch.Tensor:  # fmt: skip
+    """The cross-entropy of each target `[targets]`, in float32; logits are divided by `temperature`.
+
+    Each loss may get a gradient of its own, which is not known before backward. So where the head is a frozen matrix the
+    gradient of each hidden state is kept for a gradient of one; what is trained in the head is computed again, chunk by
+    chunk.
+    """
+    base = _base(model)
+    behind = _behind(base)
+    if isinstance(behind, str) or behind.shift is not None:
+        logits = model(**inputs, **_uncached(base)).logits[:, -aim.width :][aim.rows, aim.places]
+        return F.cross_entropy(logits.float() / temperature, aim.tokens, reduction="none")
+
+    def scaled(raw: torch.Tensor) -> torch.Tensor:
+        made = behind(raw)
+        return made if temperature == 1.0 else made / temperature
+
+    def inside(head: _Head, hidden: torch.Tensor) -> torch.Tensor:
+        return behind.carried(_each(head, scaled, hidden[:, -aim.width :][aim.rows, aim.places], aim.tokens))
+
+    with _in_place_of(base.get_output_embeddings(), inside):
         return behind.arrived(model(**inputs, **_uncached(base)).logits)
+
+
+@torch.no_grad()
+def divergences(
+    model: Any, inputs: Mapping[str, torch.Tensor], aim: Aim, other: Callable[[], AbstractContextManager[Any]]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cross-entropies of the targets by the model and by what it is inside `other()`, and the Kullback-Leibler divergence
+    of the first from the second at each of their places, over the whole vocabulary; each `[targets]`, in float64."""
+    base = _base(model)
+    behind = _behind(base)
+    kept: list[tuple[_Head, torch.Tensor]] = []
+
+    def inside(head: _Head, hidden: torch.Tensor) -> torch.Tensor:
+        kept.append((head, hidden[:, -aim.width :][aim.rows, aim.places]))
+        return hidden.new_zeros(1, 1, 1)
+
+    for state in (nullcontext, other):
+        with state():
+            if isinstance(behind, str):
+                logits = model(**inputs, **_uncached(base)).logits[:, -aim.width :][aim.rows, aim.places]
+                kept.append((_Head(lambda logits: logits, logits.shape[-1]), logits))
+            else:
+                with _in_place_of(base.get_output_embeddings(), inside):
+                    model(**inputs, **_uncached(base))
+    formula = Behind() if isinstance(behind, str) else behind
+    (head, hidden), (other_head, other_hidden) = kept
+    made: list[list[torch.Tensor]] = [[torch.zeros(0, dtype=torch.float64, device=hidden.device)] for _ in range(3)]
+    for (some, right), (others, _) in zip(
+        _chunks(head, hidden, aim.tokens), _chunks(head, other_hidden, aim.tokens), strict=True
+    ):
+        own = formula(head.call(some)).log_softmax(1)
+        with other():
+            beside = formula(other_head.call(others)).log_softmax(1)
+        place = right.unsqueeze(1)
+        made[0].append(-own.gather(1, place).squeeze(1).double())
+        made[1].append(-beside.gather(1, place).squeeze(1).double())
+        made[2].append((own.exp() * (own - beside)).sum(1).double().clamp(min=0.0))
+        del own, beside  # before the next chunk
+    losses, other_losses, apart = (torch.cat(parts) for parts in made)
+    return losses, other_losses, apart
 
 
 @torch.no_grad()
@@ -174,7 +244,7 @@ def _summed(
     into_hidden, into_trained = list[torch.Tensor](), dict[torch.Tensor, torch.Tensor]()
     for some, right in _chunks(head, hidden, tokens):
         loss, some_hidden, some_trained = _one(head, behind, some, right, smoothing)
-        total = total + loss
+        total = total + loss.sum()
         into_hidden += some_hidden
         for leaf, gradient in some_trained.items():
             into_trained[leaf] = into_trained[leaf].add_(gradient) if leaf in into_trained else gradient
@@ -183,15 +253,40 @@ def _summed(
     return total, [tensor for pair in (*known, *into_trained.items()) for tensor in pair]
 
 
+def _each(
+    head: _Head, behind: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, tokens: torch.Tensor
+) -> torch.Tensor:
+    """The loss of each hidden state `[targets, width]`."""
+    losses, gradients = [torch.zeros(0, device=hidden.device)], list[torch.Tensor]()
+    for some, right in _chunks(head, hidden, tokens):
+        if head.is_product or not torch.is_grad_enabled():
+            with saved_tensors_hooks(torch.Tensor.detach, torch.Tensor.detach):
+                value, found, _ = _one(head, behind, some, right, 0.0)
+            gradients += found
+        else:
+            value = checkpoint(_entropies, head, behind, some, right, use_reentrant=False)
+        losses.append(value)
+    value = torch.cat(losses)
+    if not gradients:
+        return value
+    return _Known.apply(value, hidden, torch.cat(gradients))  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _entropies(
+    head: _Head, behind: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, tokens: torch.Tensor
+) -> torch.Tensor:
+    return F.cross_entropy(behind(head.call(hidden)), tokens, reduction="none")
+
+
 def _one(
-    head: _Head, behind: Behind, hidden: torch.Tensor, tokens: torch.Tensor, smoothing: float
+    head: _Head, behind: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, tokens: torch.Tensor, smoothing: float
 ) -> tuple[torch.Tensor, list[torch.Tensor], dict[torch.Tensor, torch.Tensor]]:
-    """The loss of a chunk, the gradient of its hidden states if they take one, and those of what is trained in the head."""
+    """The losses of a chunk, the gradient of its hidden states if they take one, those of what is trained in the head."""
     some = hidden.detach().requires_grad_(torch.is_grad_enabled() and hidden.requires_grad)
     raw = head.call(some)
     scores = behind(raw)
     used = scores.detach().clone() if scores is raw and not head.is_product else scores.detach()
-    loss = _entropy(used, tokens, smoothing).sum()
+    loss = _entropy(used, tokens, smoothing)
     wanted = _leaves(scores) if scores.requires_grad else []
     if not wanted:
         return loss, [], {}
@@ -257,7 +352,8 @@ def _leaves(scores: torch.Tensor) -> list[torch.Tensor]:
 
 
 class _Known(torch.autograd.Function):
-    """A value with inputs whose gradients are known already: `value, input, its gradient, input, its gradient, ...`."""
+    """A value with inputs whose gradients are known already: `value, input, its gradient, input, its gradient, ...`; or
+    values, and an input with a row and its gradient for each."""
 
     @staticmethod
     def forward(ctx: Any, value: torch.Tensor, *pairs: torch.Tensor) -> torch.Tensor:
@@ -268,7 +364,8 @@ class _Known(torch.autograd.Function):
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         made: list[torch.Tensor | None] = [None]
         for gradient in ctx.saved_tensors:
-            made += [gradient.mul_(g.to(gradient.dtype)), None]  # in place: they are as large as what is trained
+            each = g.to(gradient.dtype)  # in place: they are as large as what is trained
+            made += [gradient.mul_(each.unsqueeze(1) if g.dim() else each), None]
         return tuple(made)
 
 
@@ -318,7 +415,7 @@ def _looked_up(base: Any) -> Behind | str:
     size = getattr(head, "out_features", None)
     if not isinstance(head, nn.Module) or not isinstance(size, int):
         return f"{type(base).__name__} has no output head of its own"
-    if not _has_values(next(base.parameters())):
+    if not has_values(next(base.parameters())):
         return Behind()
     device = next(base.parameters()).device
     line = torch.linspace(-3.0, 3.0, size, device=device)
