@@ -52,6 +52,21 @@ def test_one_position_gives_what_all_give(name, lora):
     assert gradients(model, batch)[0] == loss  # nothing is left behind
 
 
+@pytest.mark.parametrize("length", [12, 24, 29])  # a head's size, the width, the inner width
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_rows_may_be_as_long_as_a_layer_is_wide(name, length):
+    model, stack = still(name, lora=True)
+    batch = rows(length=length)
+    position = "first" if name in FIRST else "last"
+    loss, expected = gradients(model, batch)
+    with narrowed(stack.owner, stack.blocks[-1], position):
+        found, got = gradients(model, batch)
+    assert found == pytest.approx(loss, rel=1e-5)
+    scale = max(float(g.abs().max()) for g in expected.values())
+    for n, gradient in expected.items():
+        torch.testing.assert_close(got[n], gradient, rtol=1e-3, atol=1e-5 * scale, msg=n)
+
+
 @pytest.mark.parametrize("name", sorted(set(BASES) - FIRST - LAST - {"t5", "bart"}))
 def test_an_architecture_of_another_kind_is_told_and_not_changed(name):
     model, stack = still(name)

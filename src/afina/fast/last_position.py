@@ -78,6 +78,8 @@ class _Narrow(TorchFunctionMode):
         sizes = list(shape)
         if -1 not in sizes and math.prod(sizes) == x.numel():
             return x, sizes  # counted on what is there: an adapter's own shape may have a size that is the row's by chance
+        if sizes[0] == -1 and sizes[1:] == list(x.shape[1 - len(sizes) :]):
+            return x, sizes  # what is before is put together, and the rest stays as it is
         for place in range(1, len(sizes)):
             if sizes[place] == self.length and 1 in x.shape[1:]:
                 sizes[place] = 1
