@@ -58,7 +58,8 @@ def predict(
     if (text and kind.media) or (file and not kind.media):
         given, wanted = ("--text", "--file FILE") if text else ("--file", '--text "..."')
         raise ConfigError(f"{given}: {trained.task.name} reads {kind.what}s; say {wanted}")
-    asked = {role: name for role, name in trained.columns.items() if role != "label"}
+    known = kind.columns
+    asked = {role: name for role, name in trained.columns.items() if role != "label" and known[role].asked}
     read: Any = None
     if data is not None:
         from afina.data.media import locate

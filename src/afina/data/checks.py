@@ -23,6 +23,8 @@ def check_empty(table: Table, report: CleanReport) -> None:
         if lines:
             rows = f"{len(lines)} row{'s have' if len(lines) > 1 else ' has'}"
             problems.add(f"{rows} no {what} (line {shortened(lines)})")
+    for why, lines in report.unusable.items():
+        problems.add(f"{why} (line {shortened(lines)})")
     problems.raise_as(DataError, "Fill them in, or let data.clean.empty=true drop them.")
 
 

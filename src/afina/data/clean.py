@@ -35,6 +35,7 @@ class CleanReport:
     white_space: list[int | str] = field(default_factory=list)
     empty_texts: list[int | str] = field(default_factory=list)
     missing_labels: list[int | str] = field(default_factory=list)
+    unusable: dict[str, list[int | str]] = field(default_factory=dict)  # by the reason
     too_short: list[int | str] = field(default_factory=list)
     duplicates: list[int | str] = field(default_factory=list)
     near_dropped: list[int | str] = field(default_factory=list)
@@ -58,6 +59,7 @@ class CleanReport:
             (self.white_space, "repaired: runs of white space"),
             (self.empty_texts, f"dropped: there is no {it}" if it != "text" else "dropped: the text is empty"),
             (self.missing_labels, "dropped: the label is missing"),
+            *((lines, f"dropped: {why}") for why, lines in self.unusable.items()),
             (self.too_short, "dropped: too few letters (data.clean.min_letters)"),
             (self.duplicates, f"dropped: the same {it} with the same label is there already"),
             (self.near_dropped, f"dropped: nearly the same {it} is there already"),

@@ -9,9 +9,13 @@ from typing import Any
 
 from afina.data.media import Medium
 
-__all__ = ["ROLES", "Column", "Example", "Kind"]
+__all__ = ["ROLES", "Column", "Example", "Kind", "UnusableError"]
 
 ROLES = ("text", "image", "audio", "text_pair", "label")  # keys of `data` in a recipe that name columns
+
+
+class UnusableError(Exception):
+    """A row that nothing can be learned from, though it is written as it should be; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,7 @@ class Column:
     structured: bool = False  # may hold a list or an object; `Kind.make` then gets it as JSON
     repair: bool = True  # repairing letters and white space changes nothing else (no offsets point into it)
     medium: Medium | None = None  # a path of such a file, relative to the file that names it
+    asked: bool = True  # whether the model is given it when it is asked; never so for the label
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,8 @@ class Kind:
     `make(row, line)` gets the row by role (`text`, `text_pair`, `label`; stripped text) and returns the example. The label
     is absent when a model is asked, and then the example's is "". An example without text or, in a file to train on,
     without label is dropped and counted. It raises ValueError where the row cannot be what the task expects, saying what
-    was found and expected; all such rows are told together.
+    was found and expected; all such rows are told together. It raises UnusableError where the row is as expected and yet
+    teaches nothing; such rows are dropped and counted.
 
     `labels`: "class" (spelling is repaired, one text under two labels is dropped, splits keep the shares of classes),
     "classes" (several, joined by a comma), "number", "text" (one input may have several right answers: all are kept, on one

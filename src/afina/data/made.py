@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from afina.data.clean import CleanReport
-from afina.data.example import Column, Example, Kind
+from afina.data.example import Column, Example, Kind, UnusableError
 from afina.data.media import Look, looks_at
 from afina.data.options import CleanOptions
 from afina.data.repair import repaired
@@ -42,6 +42,9 @@ def made(
         lacks_label = labelled and "label" in columns and "label" not in given
         try:
             example = kind.make(given, line)
+        except UnusableError as error:
+            report.unusable.setdefault(str(error), []).append(line)
+            continue
         except ValueError as error:
             if lacks_text:
                 report.empty_texts.append(line)
