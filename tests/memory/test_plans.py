@@ -196,3 +196,21 @@ def test_methods_are_planned_as_they_compute(configured, method):
     parts = planned(recipe).moments["train"].device
     model, _ = planner_for(recipe, "cpu").adapted("fp32")
     assert parts["adapters"] == sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["reward", "dpo", "orpo", "kto", "grpo"])
+def test_preferences_are_planned_with_one_copy_of_the_base(name, configured):
+    """Twice the rows of a task with one answer a row, `group` times for answers that are written, and never another base."""
+    def parts(task, **options):
+        recipe = recipe_of(configured / "llama", task=task, max_length=48, batch_size=2)
+        recipe.task |= options
+        return planned(recipe).moments
+
+    written = {"max_new_tokens": 13} if name == "grpo" else {}
+    one, made = parts("causal_lm"), parts(name, **written)
+    weights = lambda moments: sum(v for k, v in moments["train"].device.items() if k.startswith("weights"))
+    assert weights(made) <= weights(one)
+    times = {"reward": 2, "dpo": 2, "orpo": 2, "kto": 1, "grpo": 8 * 61 / 48}[name]
+    share = made["train"].device["activations"] / one["train"].device["activations"]
+    assert 0.75 * times < share < 1.35 * times, share
+    assert made["evaluate"].device

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_bases
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tasks"))
 sys.path.insert(0, str(Path(__file__).parent))
@@ -43,6 +44,7 @@ OWN = {
     "token_classification": {"classes"},
     "regression": {"numbers"},
     "sentence_similarity": {"numbers"},
+    **{name: {"written"} for name in ("dpo", "orpo", "kto")},
 }
 
 
@@ -144,7 +146,7 @@ def ask(name, run, row):
         return lines.replace('["A", "list", "of", "words"]', texts[0])
     if name == "question_answering":
         return lines.replace('"...?", "..."', f"{texts[0]!r}, {texts[1]!r}")
-    if name == "sentence_similarity":
+    if name in ("sentence_similarity", "reward"):
         return lines.replace('"...", "..."', f"{texts[0]!r}, {texts[1]!r}")
     assert lines.count('"..."') + lines.count("'...'") == 1, lines
     return lines.replace('"..."', repr(texts[0])).replace("'...'", repr(texts[0]))
@@ -163,7 +165,10 @@ def test_the_python_lines_answer_as_the_run_did(name, made):
             assert eval(said) == pytest.approx(wanted, abs=2e-6)
         elif name == "multi_label_classification":
             assert sorted(eval(said)) == ([] if row.answer == "[]" else names_in(row.answer))
-        elif name in ("regression", "sentence_similarity"):
+        elif name == "grpo":
+            known = [*tiny_bases.WORDS, *(word for words in tiny_bases.TELLING.values() for word in words)]
+            assert set(said.split()) <= {*known}
+        elif name in ("regression", "sentence_similarity", "reward"):
             wanted = row.more["similarity"] if name == "sentence_similarity" else row.answer
             assert float(said) == pytest.approx(float(wanted), abs=1e-4)
         elif name == "token_classification":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import picture_bases
 import tiny_bases
@@ -13,6 +14,7 @@ import transformers as tf
 from afina.training.recipe import DataOptions, Recipe, TrainingOptions
 
 WORDS = tiny_bases.WORDS
+REWARDS = Path(__file__).with_name("rewards_made.py")
 
 
 def classified(chance):
@@ -53,6 +55,22 @@ def instructed(chance):
 def translated(chance):
     words = chance.choices(WORDS, k=chance.randrange(3, 8))
     return {"source": " ".join(words), "target": " ".join(words[:3])}
+
+
+def preferred(chance):
+    words = chance.choices(WORDS, k=chance.randrange(3, 8))
+    good, bad = (chance.choices(words_, k=chance.randrange(2, 6)) for words_ in (WORDS[:13], WORDS[13:]))
+    return {"prompt": " ".join(words), "chosen": " ".join(good), "rejected": " ".join(bad)}
+
+
+def judged(chance):
+    row = preferred(chance)
+    good = chance.random() < 0.5
+    return {"prompt": row["prompt"], "completion": row["chosen" if good else "rejected"], "label": good}
+
+
+def prompted(chance):
+    return {"prompt": " ".join(chance.choices(WORDS, k=chance.randrange(3, 8)))}
 
 
 def alike(chance):
@@ -108,6 +126,11 @@ CASES = {
     "seq2seq": (translated, save_t5, {"max_new_tokens": 5}),
     "sentence_similarity": (alike, tiny_bases.save_bert, {}),
     "image_classification": (pictured, picture_bases.save_vit, {"augment": "crop_and_flip"}),
+    "reward": (preferred, tiny_bases.save_bert, {}),
+    "dpo": (preferred, save_causal, {"max_new_tokens": 5, "generate": True}),
+    "orpo": (preferred, save_causal, {"max_new_tokens": 5, "generate": True}),
+    "kto": (judged, save_causal, {"max_new_tokens": 5, "generate": True}),
+    "grpo": (prompted, save_causal, {"reward": f"{REWARDS}:w_words", "max_new_tokens": 5, "group": 3, "beta": 0.5}),
 }
 
 

@@ -18,7 +18,7 @@ __all__ = ["PLACES", "assemble", "method_options", "section_options", "typed_as"
 # option -> where the recipe keeps it
 PLACES = {
     "data": "data.file", "text": "data.text", "image": "data.image", "audio": "data.audio",
-    "text_pair": "data.text_pair", "label": "data.label", "model": "model",
+    "text_pair": "data.text_pair", "label": "data.label", "model": "model", "start": "start", "reward": "task.reward",
     "method": "method.name", "task": "task.name",
     "epochs": "training.epochs", "batch_size": "training.batch_size", "learning_rate": "training.learning_rate",
     "max_length": "training.max_length", "max_truncated": "training.max_truncated", "precision": "training.precision",
@@ -69,8 +69,10 @@ def assemble(given: dict[str, Any], arguments: list[str], problems: Problems) ->
     recipe = read_recipe(Path(files[0])) if files else Recipe()
     for name, value in given.items():
         section, _, key = PLACES[name].rpartition(".")
-        if name in ("model", "method", "task"):
+        if name in ("model", "method", "task", "start"):
             name_whole(recipe, name, value)
+        elif section == "task":
+            recipe.task[key] = value  # of the task that is named before
         else:
             target = getattr(recipe, section)
             hint = get_type_hints(type(target))[key]
@@ -85,8 +87,8 @@ def assemble(given: dict[str, Any], arguments: list[str], problems: Problems) ->
 
 def name_whole(recipe: Recipe, key: str, name: str) -> None:
     """Another model, method or task; a method or task of another name loses the options that the recipe gives it."""
-    if key == "model":
-        recipe.model = name
+    if key in ("model", "start"):
+        setattr(recipe, key, name)
     elif name != getattr(recipe, key).get("name"):
         setattr(recipe, key, {"name": name})
 
@@ -100,7 +102,7 @@ def section_options(words: list[str], recipe: Recipe, problems: Problems) -> lis
     for word in words:
         place, equals, text = word.partition("=")
         section, _, rest = place.strip().replace("-", "_").partition(".")
-        if equals and not rest and section in ("model", "method", "task"):
+        if equals and not rest and section in ("model", "method", "task", "start"):
             name_whole(recipe, section, text.strip())
             continue
         if equals and rest and section == "method":

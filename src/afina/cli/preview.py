@@ -71,6 +71,7 @@ def show_plan(run: Run) -> None:
     options = recipe.training
     budget = options.batch_tokens
     steps = len(shuffled_batches(run.rows["train"].lengths, options.rows, seed=options.seed, epoch=1, tokens=budget))
+    steps *= run.task.repeats
     size = f"{options.batch_size} rows" if not budget else f"up to {budget} tokens"
     heading("Plan")
     pairs(

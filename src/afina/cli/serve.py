@@ -83,12 +83,13 @@ def serve(
 
 def _show(models: Any, host: str, port: int, limits: Any) -> None:
     """What can be asked, and where."""
-    paths = {"causal_lm": "/v1/chat/completions, /v1/completions", "seq2seq": "/v1/completions",
+    chats = ("causal_lm", "dpo", "grpo", "kto", "orpo")
+    paths = {**dict.fromkeys(chats, "/v1/chat/completions, /v1/completions"), "seq2seq": "/v1/completions",
              "sentence_similarity": "/v1/embeddings, /classify"}  # fmt: skip
     rows = []
     for served in models.by_name.values():
         path = paths.get(served.task.name, "/classify")
-        if served.task.name == "causal_lm" and (served.task.prompts is None or _plain_base(served)):
+        if served.task.name in chats and (served.task.prompts is None or _plain_base(served)):
             path = "/v1/completions"
         if not served.tuned:
             path = path.removesuffix(", /classify")

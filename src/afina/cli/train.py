@@ -33,7 +33,13 @@ def train(
     text_pair: Annotated[str | None, typer.Option(help="Column of a second text, where the task has one.")] = None,
     label: Annotated[str | None, typer.Option(help="Column of the label or answer.")] = None,
     task: Annotated[str | None, typer.Option(help="See `afina tasks` (default: sequence_classification)")] = None,
+    reward: Annotated[
+        str | None, typer.Option(help="What says how good an answer is, for grpo: FILE.py:function, or a run of a ranker")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="minilm, a folder, or a hub id (default: minilm)")] = None,
+    start: Annotated[
+        str | None, typer.Option(help="Run or adapter folder whose adapter is trained further (default: a new adapter)")
+    ] = None,
     method: Annotated[str | None, typer.Option(help="See `afina methods` (default: lora)")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write the run into.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training rows (default: 5)")] = None,
@@ -126,6 +132,10 @@ def show_outcome(run: Run, metrics: dict[str, Any], seconds: float) -> None:
     titles = [f.title for f in figures.values()]
     lines = [[name, *(f.shown(m.get(key)) for key, f in figures.items())] for name, m in compared.items()]
     table(["", *titles], lines, right=titles)
+    for key, figure in figures.items():
+        if f"{key}_interval" in test:
+            low, high = (figure.shown(end) for end in test[f"{key}_interval"])
+            console().print(f"  With 95 % confidence {figure.title} on more rows like these: {low} to {high}.", markup=False)
     if "confusion" in test and len(test["labels"]) <= MOST_CLASSES:
         print()
         answers = [f"answered {label}" for label in test["labels"]]
@@ -155,6 +165,6 @@ def show_outcome(run: Run, metrics: dict[str, Any], seconds: float) -> None:
             "recipe": run.output / "recipe.yaml",
         }
     )
-    pair = ' --text-pair "..."' if "text_pair" in run.columns else ""
+    pair = ' --text-pair "..."' if "text_pair" in run.columns and run.task.kind.columns["text_pair"].asked else ""
     asked = "--file FILE" if run.task.kind.media else f'--text "..."{pair}'
     console().print(f"\nTry it:  afina predict {run.output} {asked}", markup=False)

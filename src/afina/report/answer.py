@@ -15,11 +15,13 @@ __all__ = ["answer", "figures", "headline"]
 _MORE = {
     "roc_auc": Shown("ROC AUC"), "brier": Shown("Brier score", better=-1),
     "calibration_error": Shown("calibration error", ".1%", -1), "top_3_accuracy": Shown("among the three likeliest", ".1%"),
+    "reference_accuracy": Shown("likelier to the reference in the right order", ".1%"), "length": Shown("tokens", ".1f"),
     "hamming_loss": Shown("Hamming loss", ".4f", -1), "mse": Shown("MSE", ".4g", -1), "pearson": Shown("Pearson"),
 }  # fmt: skip
 _WRONG = {
     "token_classification": "have a wrong tag", "multi_label_classification": "have a wrong or missing label",
     "question_answering": "are not answered exactly",
+    **dict.fromkeys(("reward", "dpo", "orpo"), "are ranked the wrong way round or equal"),
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from afina.report.folder import Row, RunFolder
 from afina.report.markup import Markup, Node, el, text_of_user, texts_of_user
 from afina.report.words import counted
 
-__all__ = ["furthest", "least_alike", "written"]
+__all__ = ["conversation_in", "furthest", "least_alike", "written"]
 
 SHOWN = 20
 
@@ -88,13 +88,23 @@ def _conversation(row: Row) -> tuple[str, str]:
     """What was asked and the right answer; messages are read one below the other."""
     label = row.given.get("label", "")
     asked = [cell for role, cell in row.given.items() if role != "label" and cell]
-    if len(asked) != 1 or not asked[0].startswith("["):
+    messages = _messages(asked[0]) if len(asked) == 1 else None
+    if messages is None:
         return "\n".join(asked), label
-    try:
-        messages = [
-            (str(m.get("role") or m.get("from")), str(m.get("content") or m.get("value"))) for m in json.loads(asked[0])
-        ]
-    except (ValueError, AttributeError):
-        return asked[0], label
     last = messages.pop()[1] if messages and messages[-1][0] in ("assistant", "gpt", "bot", "model") and not label else label
     return "\n".join(f"{who}: {what}" for who, what in messages), last
+
+
+def conversation_in(cell: str) -> str:
+    """The messages of a cell that holds some, one below the other; else what it holds."""
+    messages = _messages(cell)
+    return cell if messages is None else "\n".join(f"{who}: {what}" for who, what in messages)
+
+
+def _messages(cell: str) -> list[tuple[str, str]] | None:
+    if not cell.startswith("["):
+        return None
+    try:
+        return [(str(m.get("role") or m.get("from")), str(m.get("content") or m.get("value"))) for m in json.loads(cell)]
+    except (ValueError, AttributeError):
+        return None

@@ -16,6 +16,7 @@ import yaml
 from afina.core.files import write_atomically
 from afina.report.folder import RunFolder, read_run
 from afina.report.markup import cut
+from afina.report.preferred import POLICIES
 from afina.report.scores import intervals
 from afina.report.usage import python_lines
 from afina.report.words import counted, duration, percent
@@ -29,6 +30,7 @@ _PIPELINES = {
     "question_answering": "question-answering", "regression": "text-classification",
     "sentence_similarity": "sentence-similarity", "seq2seq": "text2text-generation",
     "sequence_classification": "text-classification", "token_classification": "token-classification",
+    "reward": "text-classification", **dict.fromkeys(POLICIES, "text-generation"),
 }  # fmt: skip
 _KNOWN = 30  # labels that are listed
 _HERE = "PATH/OF/THIS/FOLDER"
@@ -136,7 +138,9 @@ def _limits(run: RunFolder) -> str:
     counts = [made["rows"] for made in run.test.get("per_class", {}).values()]
     if counts and min(counts) < 10:
         lines.append("- Some classes have fewer than ten test rows; their figures are rough.")
-    if run.task in ("causal_lm", "seq2seq"):
+    if run.task == "reward":
+        lines.append("- Its numbers rank answers to one prompt. Beside those of another prompt they mean nothing.")
+    if run.task in ("causal_lm", "seq2seq", *POLICIES):
         lines.append("- What it writes may be wrong, and sounds alike when it is.")
     return "\n".join(lines)
 

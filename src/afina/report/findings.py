@@ -42,6 +42,8 @@ def findings(run: RunFolder) -> Markup:
     for key, what in _DROPPED.items():
         if lines := data.get(key) or []:
             found.append(f"{counted(len(lines), 'row')} {what} (line {shortened(lines, 8)})")
+    for why, lines in (data.get("unusable") or {}).items():
+        found.append(f"{counted(len(lines), 'row')} dropped: {why} (line {shortened(lines, 8)})")
     if near := data.get("near_duplicates") or []:
         rows = sum(len(group) for group in near)
         groups = counted(len(near), "group")

@@ -103,6 +103,7 @@ def curves(run: RunFolder) -> Markup:
             "div",
             chart("Loss (lower is better)", lines, described=end, mark=mark, zero=True),
             *_figures(run, keys, mark),
+            *_noted(run, mark),
             chart("Learning rate", [Line("learning rate", thinned(rates), "a")], described="rises, then falls", zero=True,
                   show=lambda y: f"{y:.3g}"),
             class_="charts",
@@ -130,6 +131,25 @@ def _figures(run: RunFolder, keys: Sequence[str], mark: tuple[float, str] | None
             title = f"{shown.title} on the validation rows ({'more' if shown.better > 0 else 'less'} is better)"
             line = Line(shown.title, lines[key], "a", marks=True)
             drawn.append(chart(title, [line], described="see the table below", mark=mark, show=lambda y: f"{y:.4g}"))
+    return drawn
+
+
+_NOTED = {
+    "reward": "Mean reward of a step's answers", "margin": "Mean margin of a step's pairs",
+    "accuracy": "Share of a step's pairs that are ranked right", "kl": "KL per token in a step",
+    "length": "Tokens of a step's answers", "ended": "Share of a step's answers that end",
+}  # fmt: skip
+
+
+def _noted(run: RunFolder, mark: tuple[float, str] | None) -> list[Markup]:
+    """Charts of what the task noted of each step."""
+    drawn = []
+    for key, title in _NOTED.items():
+        raw = [(float(s["step"]), float(s[key])) for s in run.steps if isinstance(s.get(key), int | float)]
+        if len(raw) > 1:
+            lines = [Line("each step", thinned(raw), "raw"), Line("smoothed", thinned(smoothed(raw)), "a")]
+            said = f"from {raw[0][1]:.3g} to {raw[-1][1]:.3g}"
+            drawn.append(chart(title, lines, described=said, mark=mark, show=lambda y: f"{y:.3g}"))
     return drawn
 
 

@@ -23,6 +23,11 @@ _FOR = {
     "question_answering": "to find answers in texts",
     "regression": "to give texts a number",
     "sentence_similarity": "to tell how alike texts are",
+    "reward": "to rank answers",
+    "dpo": "to answer as people prefer",
+    "orpo": "to answer as people prefer",
+    "kto": "to answer as people prefer",
+    "grpo": "to write what is rewarded",
     "seq2seq": "to turn texts into texts",
 }
 

@@ -33,7 +33,7 @@ def intervals(run: RunFolder) -> Intervals:
 
 
 def _intervals(run: RunFolder) -> Intervals:
-    found: Intervals = {}
+    found: Intervals = {key: tuple(run.test[f"{key}_interval"]) for key in run.figures if f"{key}_interval" in run.test}
     if run.right is not None:
         hits = int(run.right.sum())
         share = SHARE_RIGHT.get(run.task)
@@ -53,6 +53,10 @@ def _intervals(run: RunFolder) -> Intervals:
         found |= _of_entities(run)
     elif run.task == "question_answering":
         found["f1"] = middle_95(resampled_sums(row_scores(run)[1][:, None])[:, 0] / len(run.rows))
+    elif run.task == "kto":
+        good = np.array([row.more.get("judged") == "desirable" for row in run.rows])
+        rewards = np.array([number_in(row.more.get("reward", "")) or 0.0 for row in run.rows])
+        found |= _of_ranks("auc", roc_auc, good[:, None], rewards[:, None])
     elif run.task == "regression" or (run.task == "sentence_similarity" and "spearman" in run.figures):
         found |= _of_numbers(run)
     return {key: ends for key, ends in found.items() if run.test.get(key) is not None and ends[0] < ends[1]}
@@ -70,6 +74,9 @@ def row_scores(run: RunFolder) -> tuple[str, np.ndarray]:
         ])  # fmt: skip
     if run.right is not None:
         return "right rows", run.right.astype(float)
+    for column, what in (("reward", "reward"), ("margin", "margin")):
+        if run.task == {"reward": "grpo", "margin": "kto"}[column]:
+            return what, np.array([number_in(row.more.get(column, "")) or 0.0 for row in run.rows])
     pairs = _numbers(run)
     if pairs is not None:
         return "absolute error", -np.abs(pairs[0] - pairs[1])

@@ -14,6 +14,7 @@ from afina.report.lengths import lengths
 from afina.report.marked import mistaken_answers, mistaken_tags
 from afina.report.markup import Markup
 from afina.report.mistakes import mistaken_classes, mistaken_labels
+from afina.report.preferred import before_and_after, misjudged, misranked
 from afina.report.results import calibrated, classes, confusions, numbers
 from afina.report.usage import usage
 
@@ -40,9 +41,19 @@ def examples(run: RunFolder) -> Markup | None:
         "token_classification": mistaken_tags,
         "question_answering": mistaken_answers,
         "regression": furthest,
+        "reward": misranked,
+        "dpo": misranked,
+        "orpo": misranked,
+        "kto": misjudged,
+        "grpo": before_and_after,
         "sentence_similarity": furthest if "spearman" in run.figures else least_alike,
     }
     return made.get(run.task, written)(run)
+
+
+def also_written(run: RunFolder) -> Markup | None:
+    """Texts before and after, of a task whose mistakes are others."""
+    return before_and_after(run) if run.task != "grpo" else None
 
 
 _PARTS: tuple[tuple[str, str, Made], ...] = (
@@ -54,6 +65,7 @@ _PARTS: tuple[tuple[str, str, Made], ...] = (
     ("numbers", "Answers beside the right numbers", numbers),
     ("calibration", "Are the probabilities right?", calibrated),
     ("mistakes", "The worst mistakes", examples),
+    ("written", "What it writes, before and after", also_written),
     ("data", "The data", findings),
     ("lengths", "How long the rows are", lengths),
     ("cost", "What it cost", cost),
@@ -64,6 +76,7 @@ _TITLES = {
     ("classes", "multi_label_classification"): "Each label",
     ("mistakes", "causal_lm"): "What it writes",
     ("mistakes", "seq2seq"): "What it writes",
+    ("mistakes", "grpo"): "What it writes, before and after",
 }
 
 

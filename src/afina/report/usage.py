@@ -8,6 +8,7 @@ from pathlib import Path
 
 from afina.report.folder import RunFolder
 from afina.report.markup import Markup, el
+from afina.report.preferred import POLICIES
 
 __all__ = ["command_lines", "python_lines", "usage"]
 
@@ -16,7 +17,11 @@ def command_lines(run: RunFolder, folder: Path) -> str:
     """What to type in a terminal."""
     name = shlex.quote(str(folder))
     texts = '--text "..."' if "text" in run.data["columns"] else "--file FILE"
-    if run.task in ("question_answering", "sentence_similarity") or "text_pair" in run.data["columns"]:
+    if run.task == "reward":
+        texts = '--text "..." --text-pair "..."'
+    elif run.task in POLICIES:
+        pass
+    elif run.task in ("question_answering", "sentence_similarity") or "text_pair" in run.data["columns"]:
         texts = f"--data new.csv --output {'answered' if run.task != 'sentence_similarity' else 'scored'}.csv"
     lines = [
         f"afina predict {name} {texts}",
@@ -168,7 +173,9 @@ print(float(vectors[0] @ vectors[1]))  # how alike the two texts are""",
 def _continued(run: RunFolder) -> Lines:
     task = run.metrics["task"]
     most = task.get("options", {}).get("max_new_tokens", 128)
-    if task.get("form") == "text":
+    temperature = task.get("options", {}).get("temperature")
+    way = f"do_sample=True, temperature={temperature}, top_k=0" if temperature else "do_sample=False"
+    if task.get("form") == "text" or task.get("template") == "none":
         asked = 'batch = tokenizer("...", return_tensors="pt", return_token_type_ids=False)'
     else:
         asked = (
@@ -181,8 +188,27 @@ def _continued(run: RunFolder) -> Lines:
         [],
         f"""{asked}
 with torch.no_grad():
-    made = model.generate(**batch, max_new_tokens={most}, do_sample=False, eos_token_id=tokenizer.eos_token_id)
+    made = model.generate(**batch, max_new_tokens={most}, {way}, eos_token_id=tokenizer.eos_token_id)
 print(tokenizer.decode(made[0, batch["input_ids"].shape[1] :], skip_special_tokens=True))""",
+    )
+
+
+def _ranked(run: RunFolder) -> Lines:
+    if run.metrics["task"].get("form") == "conversation":
+        asked = (
+            'messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]\n'
+            "text = tokenizer.apply_chat_template(messages, tokenize=False).rstrip().removesuffix(tokenizer.pad_token)\n"
+            'batch = tokenizer(text, add_special_tokens=False, return_tensors="pt")'
+        )
+    else:
+        asked = 'batch = tokenizer(prompt, answer, return_tensors="pt", truncation=True)'
+    return (
+        "AutoModelForSequenceClassification",
+        ["num_labels=1"],
+        f"""prompt, answer = "...", "..."
+{asked}
+with torch.no_grad():
+    print(model(**batch).logits[0, 0].item())  # higher for the better of several answers to one prompt""",
     )
 
 
@@ -200,6 +226,8 @@ print(tokenizer.decode(made[0], skip_special_tokens=True))""",
 _TASKS: dict[str, Callable[[RunFolder], Lines]] = {
     "causal_lm": _continued,
     "image_classification": _pictures,
+    **dict.fromkeys(POLICIES, _continued),
+    "reward": _ranked,
     "multi_label_classification": _several,
     "question_answering": _span,
     "regression": _number,

@@ -43,6 +43,8 @@ def alone_because(run: Run) -> str | None:
         return "fp16 scales the gradients of each run by itself"
     if method_for(model.peft_config["default"]).kind == "prompt":
         return "virtual tokens make its rows longer than those of the others"
+    if run.task.writes_rows:
+        return "what it learns from is written by its own model in every step"
     if run.task.parts_share:
         return "the loss of a row depends on the other rows of its step"
     if recipe.memory.limit or recipe.memory.activation_offload or recipe.training.gradient_accumulation == "auto":

@@ -74,7 +74,7 @@ class CausalLM(WritingTask):
             self.prompts = self._prompts()
         elif self.options.generate:
             raise ConfigError("task.generate: rows that are a text alone have no answer to compare with; leave it out")
-        if self.options.generate:
+        if any(figure.final for figure in self.figures.values()):
             check_libraries("rouge_score")
 
     def _prompts(self) -> Prompts:
@@ -83,7 +83,7 @@ class CausalLM(WritingTask):
             name, template = self.options.template, self.tokenizer.chat_template
             if name != "own" or template is None:
                 name = "plain" if name == "own" else name
-                template = ("{{ bos_token }}" if self.begin is not None else "") + TEMPLATES[name]
+                template = ("{{ bos_token }}" if self.begin is not None else "") + TEMPLATES.get(name, TEMPLATES["bare"])
             self.learned |= {"template": name, "chat_template": template}
         self.tokenizer.chat_template = self.learned["chat_template"]
         return Prompts(self.tokenizer)

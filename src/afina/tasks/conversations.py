@@ -20,7 +20,7 @@ from afina.data.example import Column, Example, Kind
 from afina.data.table import Table, decoded
 from afina.errors import DataError
 
-__all__ = ["CONVERSATIONS", "question_of"]
+__all__ = ["CONVERSATIONS", "messages_in", "question_of"]
 
 _TEXTS = ("text", "content", "document", "passage", "body")  # columns that need no answer
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
@@ -29,7 +29,7 @@ _RUNNING = (".txt", ".text", ".md")
 
 def make(row: Mapping[str, str], line: int | str) -> Example:
     """See the module. `value` is the messages; None for a text alone, whose label is itself."""
-    messages = _messages(row["text"])
+    messages = messages_in(row["text"])
     if messages is not None:
         answered = messages[-1]["role"] == "assistant"
         asked = messages[:-1] if answered else messages
@@ -50,7 +50,7 @@ def question_of(example: Example) -> list[dict[str, str]]:
     return list(messages[:-1] if messages[-1]["role"] == "assistant" else messages)
 
 
-def _messages(text: str) -> list[dict[str, str]] | None:
+def messages_in(text: str) -> list[dict[str, str]] | None:
     """The messages that a text holds as JSON; None where it holds something else. Raises ValueError where one is broken."""
     if not text.startswith("["):
         return None

@@ -1,4 +1,5 @@
-"""Text that a model writes: greedily or by beams, so that the same question always gets the same answer."""
+"""Text that a model writes: greedily or by beams, so that the same question always gets the same answer; or drawn by
+chance, from numbers that are given, so that what is drawn for a row does not depend on the rows beside it."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["generated", "left_padded"]
+__all__ = ["drawn", "generated", "left_padded"]
 
 # What a checkpoint may ask of sampling, which is not done here.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -37,6 +38,43 @@ def generated(
     pad: int,
 ) -> list[list[int]]:
     """The new tokens of each row, without the token that ends them. Batches of decoders are padded on the left."""
+    written = _written(model, ids, mask, max_new_tokens, num_beams, ends, pad)
+    first = 1 if model.config.is_encoder_decoder else ids.shape[1]
+    return [_up_to_end(row, ends) for row in written[:, first:].tolist()]
+
+
+@torch.no_grad()
+def drawn(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, chances: torch.Tensor, *, temperature: float, ends: Sequence[int],
+    pad: int,
+) -> list[list[int]]:  # fmt: skip
+    """New tokens of each row of a decoder's batch, padded on the left, with the token that ends them where one does.
+
+    Each is drawn from the model's distribution at `temperature` by one of `chances` `[rows, tokens]`, numbers from 0 to 1.
+    """
+    draw = _Draw(chances.to(ids.device), temperature, ids.shape[1])
+    written = _written(model, ids, mask, chances.shape[1], 1, ends, pad, draw)
+    rows = written[:, ids.shape[1] :].tolist()
+    return [[*found, *row[len(found) : len(found) + 1]] for row in rows for found in [_up_to_end(row, ends)]]
+
+
+class _Draw:
+    """A processor of logits that leaves one token: the first at which the summed probabilities exceed the row's number."""
+
+    def __init__(self, chances: torch.Tensor, temperature: float, start: int):
+        self.chances, self.temperature, self.start = chances, temperature, start
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        sums = torch.softmax(scores.float() / self.temperature, dim=-1).cumsum(-1)
+        wanted = self.chances[:, input_ids.shape[1] - self.start, None] * sums[:, -1:]
+        chosen = torch.searchsorted(sums, wanted, right=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+
+
+def _written(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, num_beams: int, ends: Sequence[int], pad: int,
+    draw: _Draw | None = None,
+) -> torch.Tensor:  # fmt: skip
     settings = copy.deepcopy(model.generation_config)
     for name in _SAMPLING:
         setattr(settings, name, None)
@@ -46,12 +84,13 @@ def generated(
     )  # fmt: skip
     was_training = model.training
     model.eval()
+    own = {} if draw is None else {"logits_processor": [draw]}
     try:
-        written = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+        return model.generate(  # type: ignore[no-any-return]
+            input_ids=ids, attention_mask=mask, generation_config=settings, **own
+        )
     finally:
         model.train(was_training)
-    first = 1 if model.config.is_encoder_decoder else ids.shape[1]
-    return [_up_to_end(row, ends) for row in written[:, first:].tolist()]
 
 
 def _up_to_end(row: list[int], ends: Sequence[int]) -> list[int]:

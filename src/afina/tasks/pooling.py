@@ -15,7 +15,7 @@ import torch
 from afina.core.config import resolve_file
 from afina.errors import ConfigError
 
-__all__ = ["POOLINGS", "find_pooling", "pooled"]
+__all__ = ["POOLINGS", "find_pooling", "pooled", "reads_forward_only"]
 
 POOLINGS = ("mean", "cls", "last", "max")
 _KEYS = {
@@ -29,7 +29,7 @@ def find_pooling(path: str, config: Any) -> str:
     """How the model of this folder or hub id makes a vector; raises ConfigError where that cannot be done here."""
     modules = resolve_file(path, "modules.json", required=False)
     if modules is None:
-        return "last" if _reads_forward_only(config) else "mean"
+        return "last" if reads_forward_only(config) else "mean"
     types = [str(entry["type"]).rpartition(".")[2] for entry in json.loads(modules.read_text(encoding="utf-8"))]
     if unknown := sorted(set(types) - _KNOWN):
         raise ConfigError(
@@ -48,7 +48,8 @@ def find_pooling(path: str, config: Any) -> str:
     return names[0]
 
 
-def _reads_forward_only(config: Any) -> bool:
+def reads_forward_only(config: Any) -> bool:
+    """Whether models of this architecture see no token that follows."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     kind = config.model_type

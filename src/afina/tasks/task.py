@@ -105,6 +105,10 @@ class Task(ABC):
     processor_kind: ClassVar[str] = "tokenizer"
     unit: ClassVar[str] = "tokens"  # what lengths count
     reads_files: ClassVar[bool] = False  # features name files, which `ready` reads
+    shows_before: ClassVar[bool] = False  # and what it answered is shown beside the answers
+    compares: ClassVar[bool] = False  # the model is measured against a frozen reference (tasks/reference.py)
+    refers: ClassVar[bool] = False  # the loss compares a training row with what the reference makes of it
+    writes_rows: ClassVar[bool] = False  # what is learned from is written by the model itself, in every step
 
     storage = Storage()  # of the base's weights, which load_model follows
     label_smoothing = 0.0  # of the training loss; figures do not know it
@@ -117,6 +121,7 @@ class Task(ABC):
         self.tokenizer = tokenizer
         self.options = self.Options() if options is None else options
         self.learned = dict(learned or {})
+        self.noted: dict[str, torch.Tensor] = {}  # sum and count of each figure of the step under way
         if tokenizer is not None and tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         if tokenizer is not None and tokenizer.pad_token is None:
@@ -137,6 +142,9 @@ class Task(ABC):
         if self.kind.labels != "class" or set(of_classes) != set(self.labels):
             raise ConfigError(f"data.balance=class_weights: {self.name} has no classes of rows that could weigh more")
         return [of_classes[label] for label in self.labels]
+
+    def check_options(self, spell: Callable[[str], str]) -> None:  # noqa: B027 (most name nothing)
+        """Look for what the options name outside the recipe. Raises ConfigError with what is not there."""
 
     # --- model
 
@@ -220,6 +228,32 @@ class Task(ABC):
     def share(self, model: Any, parts: Sequence[Batch], gather: Callable[[Any], list[Any]], process: int) -> None:
         """Put into the parts what they must know of the whole step; `gather` returns a value of every process."""
         raise NotImplementedError(f"{self.name} says that parts share, and not what")
+
+    def reference_answers(self, model: Any, batch: Batch) -> list[Any]:
+        """What the reference makes of each feature, as numbers; the feature then holds them as "reference"."""
+        raise NotImplementedError(f"{self.name} says that it refers, and not to what")
+
+    @property
+    def repeats(self) -> int:
+        """Steps in a row that are made with the same rows."""
+        return 1
+
+    def begin_step(self, step: int) -> None:  # noqa: B027 (most need not know)
+        """Step `step`, from 1, is computed next, or again where memory ran out; every process is told."""
+
+    def note(self, **values: torch.Tensor) -> None:
+        """Figures of rows of the step under way, whose means are logged with it."""
+        for name, value in values.items():
+            now = torch.stack([value.detach().float().sum(), torch.tensor(float(value.numel()), device=value.device)])
+            self.noted[name] = self.noted[name] + now if name in self.noted else now
+
+    def kept(self) -> dict[str, Any]:
+        """What a checkpoint must hold of this process, so that the run goes on as if it had not stopped; tensors and plain
+        values."""
+        return {}
+
+    def keep(self, kept: Sequence[dict[str, Any]]) -> None:  # noqa: B027 (most hold nothing)
+        """What `kept` returned, of every process there was."""
 
     # --- answers
 

@@ -71,6 +71,8 @@ def fast_path(
     with ExitStack() as used:
         if engine.sharded:
             notes.append(f"every step computes the whole model: {engine.name} keeps it in shards")
+        elif task.writes_rows:
+            notes.append("every step computes the whole model: what it learns from is written anew in each step")
         elif isinstance(stack := find_stack(model, call), str):
             notes.append(f"every step computes the whole model: {stack}")
         else:

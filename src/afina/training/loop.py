@@ -35,6 +35,7 @@ from afina.training.engines.choose import make_engine
 from afina.training.engines.engine import Engine
 from afina.training.optimizers import make_optimizer, schedule_factor
 from afina.training.recipe import TrainingOptions
+from afina.training.referred import referred
 
 __all__ = ["Fitted", "fit", "make_engine", "predict"]
 
@@ -88,9 +89,9 @@ def fit(
 
     def rows_of(step: int) -> list[int]:
         epoch, position = divmod(step, steps_per_epoch)
-        return batches_of(epoch + 1)[position]
+        return batches_of(epoch + 1)[position // task.repeats]
 
-    steps_per_epoch = len(batches_of(1))  # of any other as well
+    steps_per_epoch = len(batches_of(1)) * task.repeats  # of any other as well
     total_steps = steps_per_epoch * options.epochs
     between = max(1.0, options.evaluate_every * (steps_per_epoch if options.evaluate_unit == "epochs" else 1))
     best: dict[str, torch.Tensor] = {}
@@ -126,15 +127,20 @@ def fit(
         engine.load_optimizer_state(saved["optimizer"])
         if engine.process < len(saved["chance"]):
             checkpoints.set_random_states(saved["chance"][engine.process])
+        task.keep(saved.get("task", []))
+    if task.refers:
+        train = referred(model, task, train, options.read_at_once, engine, places, known=resume)
 
     def checkpoint() -> None:
         chance, live, moments = engine.gather(checkpoints.random_states()), engine.weights(), engine.optimizer_state()
+        kept = engine.gather(task.kept())
         if engine.main:
             result.seconds = time.perf_counter() - started
             state = {"best_score": best_score, "waited": waited, "since": [since_loss, since_targets], "same": same,
                      "fitted": vars(result)}  # fmt: skip
-            checkpoints.save(places, result.steps, live, best, state, {"optimizer": moments, "chance": chance},
-                             keep=options.keep_checkpoints, best_step=result.best_step)  # fmt: skip
+            tensors = {"optimizer": moments, "chance": chance, "task": kept}
+            checkpoints.save(places, result.steps, live, best, state, tensors, keep=options.keep_checkpoints,
+                             best_step=result.best_step)  # fmt: skip
         engine.wait()
 
     with Log(folder / "log.jsonl", engine.main, tell, keep=result.steps if resume else None) as log, \
@@ -149,8 +155,9 @@ def fit(
             chance = checkpoints.random_states()
             while True:
                 try:
+                    task.begin_step(result.steps + 1)
                     read = partial(ahead.take, result.steps)
-                    loss, targets, tokens = _gradients(task, read, rows, pieces, engine)
+                    loss, targets, tokens, noted = _gradients(task, read, rows, pieces, engine)
                     break
                 except RuntimeError as error:
                     if not is_out_of_memory(error) or not engine.recovers or pieces >= len(rows):
@@ -172,7 +179,7 @@ def fit(
             result.steps += 1
             since_loss, since_targets = since_loss + float(loss) * targets, since_targets + targets
             log(epoch=epoch + 1, step=result.steps, of=total_steps, loss=float(loss), gradient_norm=norm,
-                learning_rate=rate, targets=targets, tokens=result.tokens)  # fmt: skip
+                learning_rate=rate, targets=targets, tokens=result.tokens, **noted)  # fmt: skip
             if result.steps == min(_PATIENCE, total_steps):
                 _stop_unless_moved(watched, before, engine.weights())
 
@@ -338,19 +345,26 @@ def _stop_unless_same(then: Mapping[str, Any], now: Mapping[str, Any], checkpoin
 
 def _gradients(
     task: Task, read: Callable[[int], Feature], rows: list[int], count: int, engine: Engine
-) -> tuple[torch.Tensor, float, int]:
-    """Forward and backward of a step in `count` parts; its loss, targets over all processes, and tokens of this one."""
+) -> tuple[torch.Tensor, float, int, dict[str, float]]:
+    """Forward and backward of a step in `count` parts; its loss, targets over all processes, tokens of this one, and the
+    figures that the task noted."""
     made = list(_parts_of_step(task, read, rows, count, engine))
     targets = float(engine.total(float(sum(task.targets_in(batch) for counts, batch in made if counts))))
-    loss, tokens = torch.zeros((), device=engine.device), 0
+    loss, tokens, noted = torch.zeros((), device=engine.device), 0, dict[str, torch.Tensor]()
     if task.parts_share and (len(made) > 1 or engine.processes > 1):
         _share(task, made, engine)
     for counts, batch in made:
+        task.noted = {}
         part = engine.loss(task.loss_sum, batch, last=batch is made[-1][1]) / targets * (1 if counts else 0)
+        for name, figures in task.noted.items():
+            noted[name] = noted.get(name, 0) + figures * (1 if counts else 0)
         engine.backward(part)
         loss += part.detach()
         tokens += task.amount(batch) if counts else 0
-    return engine.total(loss), targets, tokens
+    means = {}
+    for name, (total, number) in ((name, engine.total(figures).tolist()) for name, figures in noted.items()):
+        means[name] = total / number
+    return engine.total(loss), targets, tokens, means
 
 
 @torch.no_grad()

@@ -38,6 +38,11 @@ def find_model(name: str) -> ModelSource:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             here = sorted(p.name for p in folder.iterdir())
+            if "adapter_config.json" in here or (folder / "adapter" / "adapter_config.json").is_file():
+                raise ConfigError(
+                    f"model {name!r} is {'an adapter' if 'adapter_config.json' in here else 'a run'}, not a base model; to "
+                    f"train its adapter further say --start {name} (start: {name} in a recipe) and leave the model out"
+                )
             raise ConfigError(f"model {name!r} is a folder without a config.json; it holds {shortened(here) or 'nothing'}")
         return ModelSource(name, str(folder), name)
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:

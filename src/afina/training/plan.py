@@ -42,6 +42,7 @@ from afina.memory.step import lean_step
 from afina.memory.storage import FLOATS, Storage, settled_weights
 from afina.memory.trace import Trace, faked
 from afina.tasks.catalogue import find_task, tasks
+from afina.tasks.reference import REFERENCE
 from afina.tasks.task import Batch, Feature, Task, length_of
 from afina.training.cache import encoded_once
 from afina.training.fast_path import states_size
@@ -50,6 +51,7 @@ from afina.training.optimizers import make_optimizer
 from afina.training.precision import choose_precision
 from afina.training.recipe import Recipe
 from afina.training.rows_for_plans import one_word_tokenizer, rows_of_words
+from afina.training.start import find_start
 from afina.training.vocabulary import add_tokens, fit_embeddings
 
 __all__ = ["Planner", "planner_for", "planner_of"]
@@ -76,6 +78,7 @@ class Planner:
     precision: str
     processes: int = 1
     notes: list[str] = field(default_factory=list)
+    twice: bool = False  # the adapter that the run starts from is there a second time, as the reference
     process: int = field(default_factory=resident)  # bytes of the process without the model
     tokens: int | None = None  # of all rows that are learned from or validated on, where they are known
 
@@ -140,6 +143,8 @@ class Planner:
         fit_embeddings(base, task.tokenizer, config)
         aim(config, task, base)
         model = get_peft_model(base, config)
+        if self.twice:
+            model.add_adapter(REFERENCE, copy.deepcopy(self.config))
         task.paths(model)
         return model, task
 
@@ -176,6 +181,8 @@ class Planner:
         options, lists = recipe.training, [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
         frozen = any(not any(p.requires_grad for p in blocks[0].parameters()) for blocks in lists)
         if not frozen or options.frozen_dropout == "keep" or recipe.distributed.engine in ("fsdp2", "zero3"):
+            return "", []
+        if task.writes_rows or task.varies:
             return "", []
         batch = {k: faked(trace, v) for k, v in rows.items()}
         model.eval()
@@ -240,7 +247,10 @@ def planner_for(
     Raises ConfigError with all that is wrong in the options, DataError with what is wrong in the file.
     """
     problems = problems or Problems("the recipe")
+    start = find_start(recipe, problems, spell)
     config = recipe.check(problems, spell)
+    if start is not None and config is not None:
+        config = start.settled(recipe, config, problems, spell)
     source = None
     try:
         source = find_model(recipe.model)
@@ -333,8 +343,9 @@ def planner_of(
             said.append(f"planned with the longest rows of the file: {longest} {task.unit}")
     count = processes if processes is not None else int(os.environ.get("WORLD_SIZE", "1"))
     process = resident() if count == 1 else _PROCESS  # the same in each, so that all choose the same
+    twice = recipe.start is not None and task.compares
     tokens = None if notes else sum(length_of(f) for f in made if f["row"] < ends["validation"])
-    return Planner(task, source, config, features, device, precision, count, said, process, tokens)
+    return Planner(task, source, config, features, device, precision, count, said, twice, process, tokens)
 
 
 def _tokenizer(source: ModelSource) -> Any:

@@ -167,6 +167,7 @@ class Recipe:
 
     task: dict[str, Any] = option(None, "what a row means, and its options", factory=lambda: {"name": DEFAULT_TASK})
     model: str = option(DEFAULT_MODEL, "minilm (shipped with afina[demo]), a folder, or a hub id")
+    start: str | None = option(None, "a run or an adapter folder, whose adapter is trained further; None: a new adapter")
     data: DataOptions = option(None, "the examples", factory=DataOptions)
     method: dict[str, Any] = option(None, "name of the method, and its options", factory=lambda: {"name": "lora"})
     training: TrainingOptions = option(None, "how to train", factory=TrainingOptions)

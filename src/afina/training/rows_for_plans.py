@@ -35,7 +35,9 @@ def rows_of_words(task: type[Any], options: Any, length: int) -> list[Example]:
     rows = []
     for label in ("first", "second"):
         row = {"text": long, "label": label}
-        if "text_pair" in columns and columns["text_pair"].required:
+        if task.name in ("reward", "dpo", "orpo", "kto"):
+            row = {"text": _WORD, "text_pair": long, "label": f"{long} {label}" if task.name != "kto" else "true"}
+        elif "text_pair" in columns and columns["text_pair"].required:
             row |= {"text": _WORD, "text_pair": long, "label": json.dumps({"text": [_WORD], "answer_start": [0]})}
         elif task.name == "sentence_similarity":
             row |= {"text_pair": long, "label": ""}

@@ -48,6 +48,7 @@ from afina.report.card import write_card
 from afina.report.html import REPORT, write_report
 from afina.report.statistics import histogram
 from afina.tasks.catalogue import find_task, task_from_settings, tasks
+from afina.tasks.reference import REFERENCE, reference
 from afina.tasks.task import Encoded, Rows, Task
 from afina.training import checkpoints
 from afina.training.cache import Part, encoded_once
@@ -63,6 +64,7 @@ from afina.training.plan import planner_of
 from afina.training.precision import choose_precision
 from afina.training.recipe import Recipe
 from afina.training.shared import Shared
+from afina.training.start import find_start
 from afina.training.trackers import Trackers
 from afina.training.vocabulary import add_tokens, fit_embeddings
 from afina.training.within_limit import Choice, settle
@@ -110,6 +112,7 @@ def _prepared(
     trial: bool,
     shared: Shared,
 ) -> Run:
+    start = find_start(recipe, problems, spell)
     config = recipe.check(problems, spell)
     kind = find_task(recipe.task["name"]).kind if recipe.task["name"] in tasks() else None
     table, columns = None, dict[str, str]()
@@ -157,6 +160,13 @@ def _prepared(
             checkpoints.chosen(output / "checkpoints", from_step)
         except TrainingError as error:
             problems.add(str(error))
+    if start is not None and config is not None:
+        config = start.settled(recipe, config, problems, spell)
+    if kind is not None and find_task(recipe.task["name"]).writes_rows and recipe.distributed.engine != "ddp":
+        problems.add(
+            f"{spell('distributed.engine')}={recipe.distributed.engine}: {recipe.task['name']} lets the model write in "
+            "every step, which needs whole weights in every process; take ddp"
+        )
     problems.raise_as(ConfigError)
     assert table is not None
     assert kind is not None
@@ -172,9 +182,11 @@ def _prepared(
     made = find_task(recipe.task["name"])
     options = made.Options(**{k: v for k, v in recipe.task.items() if k != "name"})
     learned = made.learn(splits["train"], [*splits["validation"], *splits["test"]])
-    named = (source, recipe.task, recipe.data.new_tokens)
-    processor = shared.once("processor", named, lambda: load_processor(source, made.processor_kind))
+    named = (source, recipe.task, recipe.data.new_tokens, recipe.start)
+    saved = None if start is None else start.tokenizer
+    processor = shared.once("processor", named, lambda: load_processor(source, made.processor_kind, saved))
     task = made(processor, options, learned)
+    task.check_options(spell)
     if task.tokenizer is not None:
         add_tokens(task.tokenizer, recipe.data.new_tokens)
     if done.weights is not None:
@@ -200,8 +212,9 @@ def _prepared(
     if recipe.training.max_length is not None and recipe.training.max_length > limit:
         asked = f"{spell('training.max_length')}={recipe.training.max_length}"
         raise ConfigError(f"{asked}: {recipe.model} takes at most {limit} tokens")
-    notes += aim(config, task, base)
-    model = get_peft_model(base, config)
+    if start is None:
+        notes += aim(config, task, base)
+    model = get_peft_model(base, config) if start is None else start.model(base, task)
     notes += lean_step(
         model, device, gradient_checkpointing=recipe.memory.gradient_checkpointing,
         activation_offload=recipe.memory.activation_offload, spell=spell,
@@ -320,14 +333,18 @@ class Run:
             with self.shared.reading(self, engine):
                 answers = predict(self.model, self.task, test, options.read_at_once, engine, exact=True, final=True)
             metrics = self._metrics(fitted, answers, counts)
+            before: list[dict[str, str]] = []
             if self.task.untuned:
-                figures = self.shared.once("untuned", self.about, lambda: self._untuned(engine))
+                figures, before = self.shared.once("untuned", self.about, lambda: self._untuned(engine))
                 metrics["baselines"]["untuned"] = {"title": "the base, not tuned", **figures}
             trackers.tested(metrics["test"])
         with engine.whole():
             if engine.main:
-                self._write_predictions(answers)
-                self.model.save_pretrained(self.output / ADAPTER, tokenizer=self.task.tokenizer)
+                self._write_predictions(answers, before if self.task.shows_before else [])
+                own = ["default"]
+                self.model.save_pretrained(self.output / ADAPTER, selected_adapters=own, tokenizer=self.task.tokenizer)
+                if REFERENCE in self.model.peft_config:  # figures of this run are measured against it
+                    self.model.save_pretrained(self.output, selected_adapters=[REFERENCE])
                 if self.task.processor is not self.task.tokenizer:
                     self.task.processor.save_pretrained(self.output / ADAPTER)
         batch, trained = self._compared(engine)
@@ -339,12 +356,13 @@ class Run:
         engine.wait()
         return metrics
 
-    def _untuned(self, engine: Engine) -> dict[str, Any]:
-        """Figures of the base."""
+    def _untuned(self, engine: Engine) -> tuple[dict[str, Any], list[dict[str, str]]]:
+        """Figures of the base, or of what the run starts from, and its answers as columns."""
         test, size = self.rows["test"], self.recipe.training.read_at_once
-        with self.model.disable_adapter():
+        with reference(self.model) if self.task.compares else self.model.disable_adapter():
             answers = predict(self.model, self.task, test, size, engine, exact=True, final=True)
-        return self.task.metrics(answers, test.examples)
+        columns = [self.task.columns(answer, example) for answer, example in zip(answers, test.examples, strict=True)]
+        return self.task.metrics(answers, test.examples), columns
 
     def _settle(self, engine: Engine) -> None:
         """Let the task choose on the validation rows what it is asked to choose there."""
@@ -359,7 +377,7 @@ class Run:
         if self.overwrite and not self.resume and (self.output / RECIPE).is_file():
             for name in (RECIPE, METRICS, PREDICTIONS, REPORT, "log.jsonl"):
                 (self.output / name).unlink(missing_ok=True)
-            for name in (ADAPTER, DATA, "checkpoints", "tensorboard"):
+            for name in (ADAPTER, DATA, REFERENCE, "checkpoints", "tensorboard"):
                 shutil.rmtree(self.output / name, ignore_errors=True)
         (self.output / DATA).mkdir(parents=True, exist_ok=True)
         for name, rows in self.rows.items():
@@ -391,10 +409,13 @@ class Run:
         text = f"{head}{classes}{self.recipe.to_yaml()}"
         write_atomically(self.output / RECIPE, lambda path: path.write_text(text, encoding="utf-8"))
 
-    def _write_predictions(self, answers: Sequence[Any]) -> None:
+    def _write_predictions(self, answers: Sequence[Any], before: Sequence[Mapping[str, str]]) -> None:
         rows, titles = [], list[str]()
-        for example, answer in zip(self.rows["test"].examples, answers, strict=True):
+        for i, (example, answer) in enumerate(zip(self.rows["test"].examples, answers, strict=True)):
             said, right = self.task.columns(answer, example), self.task.right(answer, example)
+            if before:
+                said["before"] = before[i]["answer"]
+                said |= {"reward before": before[i]["reward"]} if "reward" in before[i] else {}
             titles = ["answer", *([] if right is None else ["right"]), *(k for k in said if k != "answer")]
             known = {**said, "right": "yes" if right else "no"}
             rows.append([example.line, *(example.row[role] for role in self.columns), *(known[k] for k in titles)])

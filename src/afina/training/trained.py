@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from afina.data.clean import normalised
-from afina.data.example import Example
+from afina.data.example import Example, UnusableError
 from afina.data.made import held, in_cell
 from afina.data.media import Look, looks_at
 from afina.errors import CheckpointError, DataError, Problems, shortened
 from afina.memory.storage import Storage
 from afina.model import PeftModel
 from afina.tasks.catalogue import find_task, task_from_settings
+from afina.tasks.reference import REFERENCE
 from afina.tasks.task import Rows, Task
 from afina.training.loop import make_engine, predict
 from afina.training.models import ModelSource, find_model, load_config, load_processor
@@ -41,6 +42,8 @@ class TrainedRun:
         """Raises CheckpointError where the folder is no finished run."""
         recipe, task, source = cls.described(folder)
         model = PeftModel.from_pretrained(task.load_model(source.path), folder / "adapter", tokenizer=task.tokenizer)
+        if (folder / REFERENCE).is_dir():
+            model.load_adapter(folder / REFERENCE, REFERENCE)
         return cls(folder, recipe, task, model)
 
     @staticmethod
@@ -87,6 +90,8 @@ class TrainedRun:
                         raise ValueError(f"{row[role]}: {broken}")
                 example = kind.make(row, line) if row[kind.input] else Example("", "", line)
                 example = replace(example, text=held(example.text, row, kind, looks))
+            except UnusableError:
+                example = Example("", "", line)
             except ValueError as error:
                 wrong += 1
                 if wrong <= _NAMED:
