@@ -6,6 +6,7 @@ import json
 import random
 from pathlib import Path
 
+import diffusion_bases
 import picture_bases
 import tiny_bases
 import torch
@@ -80,6 +81,10 @@ def alike(chance):
     return {"text": " ".join(words), "text_pair": " ".join(other), "score": kept / 9}
 
 
+def subject(chance):
+    return {"image": pictured(chance)["image"], "prompt": f"a photo of sks {chance.choice(['dog', 'teapot'])}"}
+
+
 def pictured(chance):
     label = chance.choice(picture_bases.SHAPES)
     return {"image": picture_bases.picture(label, chance), "label": label}
@@ -132,11 +137,19 @@ CASES = {
     "kto": (judged, save_causal, {"max_new_tokens": 5, "generate": True}),
     "grpo": (prompted, save_causal, {"reward": f"{REWARDS}:w_words", "max_new_tokens": 5, "group": 3, "beta": 0.5}),
 }
+# On pipelines: what a test of models of transformers asks is asked of these in tests/training/test_dreambooth.py.
+PIPELINES = {
+    "dreambooth": (
+        subject, diffusion_bases.save_sd,
+        {"instance_prompt": "a photo of sks dog", "show_pictures": 0, "resolution": 16},
+    ),
+}
+EVERY = CASES | PIPELINES
 
 
 def case(name, folder, rows=47, **training):
     """The recipe of a task on rows of its own in a folder, which is made."""
-    row, save, options = CASES[name]
+    row, save, options = EVERY[name]
     folder.mkdir(parents=True, exist_ok=True)
     chance = random.Random(name)
     with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:

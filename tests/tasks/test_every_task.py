@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from every_task import CASES, case
+from every_task import CASES, EVERY, case
 from language_bases import save
 
 from afina.core.files import read_weights
@@ -22,10 +22,10 @@ from afina.training.trained import TrainedRun
 
 
 def test_every_task_has_a_case():
-    assert set(CASES) == set(tasks())
+    assert set(EVERY) == set(tasks())
 
 
-@pytest.fixture(scope="module", params=sorted(CASES))
+@pytest.fixture(scope="module", params=sorted(EVERY))
 def done(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     run = prepare(case(request.param, folder), folder / "run")
@@ -95,7 +95,7 @@ def test_t03_a_run_goes_on_as_if_it_had_not_stopped(done, tmp_path):
     assert all((one[key] == two[key]).all() for key in one.keys() | two.keys())
 
 
-@pytest.mark.parametrize("name", sorted(CASES))
+@pytest.mark.parametrize("name", sorted(EVERY))
 def test_t25_parts_of_a_step_change_no_loss(name, tmp_path):
     """Plain descent at a rate of one, so that the second step's loss tells of the first step's gradient."""
     found = {}

@@ -11,11 +11,16 @@ from afina.cli.show import console, heading, pairs, quiet, table
 
 __all__ = ["export"]
 
-FORMATS = "merged, int8, onnx, onnx-int8, gguf, gguf-adapter"
+_OF_FILES = ("diffusers", "kohya", "adapter")
+
+FORMATS = "merged, int8, onnx, onnx-int8, gguf, gguf-adapter, diffusers, kohya"
 
 
 def export(
-    run: Annotated[Path | None, typer.Argument(help="Folder of a run, --output of `afina train`.")] = None,
+    run: Annotated[
+        Path | None,
+        typer.Argument(help="Folder of a run, --output of `afina train`; or a file of LoRA for a pipeline, to convert."),
+    ] = None,
     name: Annotated[str | None, typer.Option("--format", help=f"One of {FORMATS}.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write (default: RUN/exports/FORMAT)")] = None,
     max_drop: Annotated[
@@ -34,11 +39,14 @@ def export(
     quantisation: Annotated[
         str, typer.Option(help="Of GGUF's weights: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.")
     ] = "f16",
+    model: Annotated[
+        str | None, typer.Option(help="Of a file that is converted: the pipeline it is for, a folder or a hub id.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the export that is in the output folder.")] = False,
     verify: Annotated[Path | None, typer.Option(help="Ask an export its golden prompts again, and write nothing.")] = None,
     check: Annotated[str | None, typer.Option(help="Say what a server would refuse of the run: vllm.")] = None,
 ) -> None:
-    """Write a run as a merged model, int8, ONNX or GGUF, and ask it the same questions.
+    """Write a run as a merged model, int8, ONNX, GGUF or a file of LoRA, and ask it the same questions.
 
     afina export runs/messages --format int8
     """
@@ -56,6 +64,11 @@ def export(
         problems.add(f"--verify {verify} needs no run; leave {run} out")
     if check not in (None, "vllm"):
         problems.add(f"--check {check}: expected vllm")
+    is_file = run is not None and run.is_file()
+    if model is not None and not is_file:
+        problems.add(f"--model {model} goes with a file that is converted; a run knows its base")
+    if is_file and run is not None:
+        problems.found += _wrong_of_file(run, name, output, model)
     lost = 0.0
     try:
         lost = _share(max_drop)
@@ -69,6 +82,16 @@ def export(
         _verify(verify)
         return
     assert run is not None
+    if is_file:
+        assert name is not None
+        assert model is not None
+        assert output is not None
+        from afina.export.lora_files import convert
+
+        count = convert(run, name, model, output)
+        heading(f"{name}: {output}")
+        pairs({"from": run, "layers": f"{count}, read back: the same factors"})
+        return
     if check is not None:
         _check(run)
         return
@@ -80,6 +103,22 @@ def export(
     if max_error is not None:
         settings = Settings(**{**vars(settings), "max_error": max_error})
     _show(write(run, name, output, settings, overwrite=overwrite, tell=_tell))
+
+
+def _wrong_of_file(file: Path, name: str | None, output: Path | None, model: str | None) -> list[str]:
+    """What a file cannot be converted for."""
+    found = []
+    if file.suffix != ".safetensors":
+        found.append(f"{file} is a file; give the folder of a run, or a .safetensors file of LoRA to be converted")
+    if name not in (None, *_OF_FILES):
+        found.append(f"--format {name}: a file is converted into {', '.join(_OF_FILES)}")
+    if model is None:
+        found.append("--model is missing: the pipeline that the file is for, whose layers say what its names mean")
+    if output is None:
+        found.append("--output is missing: the folder to write into")
+    elif output.is_dir() and any(output.iterdir()):
+        found.append(f"--output {output} exists and is not empty; take another folder")
+    return found
 
 
 def _tell(line: str) -> None:

@@ -11,6 +11,7 @@ from afina import __version__
 from afina.cli import (
     check,
     compare,
+    dreambooth,
     evaluate,
     export,
     methods,
@@ -41,6 +42,7 @@ app.command("prepare")(prepare.prepare)
 app.command("check")(check.check)
 app.command("plan")(plan.plan)
 app.command("train")(train.train)
+app.command("dreambooth")(dreambooth.dreambooth)
 app.command("sweep")(sweep.sweep)
 app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)

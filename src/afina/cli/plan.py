@@ -11,12 +11,15 @@ from afina.cli.assignments import assemble, typed_as
 from afina.cli.show import console, fail, heading, pairs, quiet, table
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from afina.errors import Problems
     from afina.memory.footprint import Footprint
     from afina.training.plan import Planner
     from afina.training.recipe import Recipe
     from afina.training.within_limit import Choice
 
-__all__ = ["plan", "show_choice", "show_footprint"]
+__all__ = ["plan", "planned", "show_choice", "show_footprint"]
 
 
 def plan(
@@ -36,18 +39,27 @@ def plan(
     """
     quiet()
     from afina.errors import Problems
+
+    problems = Problems("afina plan")
+    recipe = assemble({"memory": memory} if memory is not None else {}, arguments, problems)
+    planned(recipe, device, processes, as_json, problems)
+
+
+def planned(
+    recipe: Recipe, device: str | None, processes: int, as_json: bool, problems: Problems,
+    typed: Callable[[str], str] = typed_as,
+) -> None:  # fmt: skip
+    """Plan a recipe and show it; exits with 1 where it does not fit into its limit."""
     from afina.memory.devices import DEVICES
     from afina.training.plan import planner_for
     from afina.training.within_limit import within_limit
 
-    problems = Problems("afina plan")
-    recipe = assemble({"memory": memory} if memory is not None else {}, arguments, problems)
     device = device or _here()
     if device not in DEVICES:
         problems.add(f"--device {device}: expected {' or '.join(DEVICES)}")
     if processes < 1:
         problems.add(f"--processes {processes}: expected a number of at least 1")
-    planner = planner_for(recipe, device, processes=processes, spell=typed_as, problems=problems)
+    planner = planner_for(recipe, device, processes=processes, spell=typed, problems=problems)
     choice = within_limit(planner, recipe) if recipe.memory.limit is not None else None
     if recipe.training.gradient_accumulation == "auto":
         recipe.training.gradient_accumulation = 1

@@ -18,7 +18,7 @@ from afina.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["read_weights", "write_atomically", "write_weights"]
+__all__ = ["cache_folder", "read_weights", "write_atomically", "write_weights"]
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -84,3 +84,12 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is broken or not a safetensors file: {error}") from None
+
+
+def cache_folder(name: str) -> Path | None:
+    """Where afina keeps what it need not compute again; None where AFINA_CACHE is off."""
+    asked = os.environ.get("AFINA_CACHE", "")
+    if asked.lower() in ("off", "0", "false", "no"):
+        return None
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return (Path(asked) if asked else home / "afina") / name

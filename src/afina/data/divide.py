@@ -107,6 +107,8 @@ def divided(table: Table, kind: Kind, options: DataOptions, *, columns: Mapping[
     given = _given(table, options, found) if mode == "given" else None
     kept = clean(found if given is None else last_first(found, given), kind.labels, steps, report)
     check_classes(table, kind, columns, kept, report, three=mode in ("stratified", "grouped"))
+    if not kind.held_out:
+        return _all_learned(kept, kind, notes, report)
     near = [] if steps.near_duplicates == "ignore" or kind.media else _near(kept, steps.near_share)
     if steps.near_duplicates == "drop":
         report.near_dropped = [kept.pop(i).line for group in near for i in group[1:]]
@@ -132,6 +134,18 @@ def divided(table: Table, kind: Kind, options: DataOptions, *, columns: Mapping[
         done.examples, done.rows, table, columns, kind, seed, suspects=steps.suspects
     )  # fmt: skip
     return done
+
+
+def _all_learned(kept: Examples, kind: Kind, notes: list[str], report: CleanReport) -> Divided:
+    """Every row trains; one of each group validates and tests, by figures that say how well it was learned."""
+    examples, first = list(kept.values()), dict[str, int]()
+    for k, example in enumerate(examples):
+        first.setdefault(example.group, k)
+    own = list(first.values())
+    said = f"every {kind.what} is learned from, so figures say how well they were learned, not what new ones would give"
+    count(examples, kind.labels, report)
+    sides = {"train": list(range(len(examples))), "validation": own, "test": own}
+    return Divided(examples, list(kept), sides, report, kind.labels, "none held out", notes=[*notes, said])
 
 
 # --- what stays together

@@ -69,6 +69,7 @@ class Kind:
     make: Callable[[Mapping[str, str], int | str], Example]
     read: Callable[[Path], Any] | None = None  # a form of file of its own: a Table, or None where it is not
     check: Callable[[Mapping[str, str]], str | None] | None = None  # what is wrong with columns by role, if anything
+    held_out: bool = True  # rows are kept apart to be tested on; False: all are learned from, and tested on one of a group
 
     @property
     def media(self) -> dict[str, Medium]:

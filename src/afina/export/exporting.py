@@ -27,7 +27,7 @@ from afina.data.example import Example
 from afina.data.read import read_table
 from afina.errors import CheckpointError, ConfigError, MergeError, Problems
 from afina.export.format import Settings, Source
-from afina.export.formats import find_format
+from afina.export.formats import FORMATS, find_format
 from afina.export.golden import Replay, chosen, read_golden, record, replay, write_golden
 from afina.export.measures import Speed, alternated, drop, figures_of
 from afina.export.merged import asked_dtype, read_merged, write_merged
@@ -87,6 +87,9 @@ def export(
     _check_output(output, overwrite)
     dtype = asked_dtype(settings.dtype)
     trained = TrainedRun.load(run)
+    if trained.task.pipelines != made.pipelines:
+        fitting = ", ".join(name for name, other in FORMATS.items() if other.pipelines == trained.task.pipelines)
+        raise ConfigError(f"--format {name}: {run} is a run of {trained.task.name}, which is exported as {fitting}")
     settings = replace(settings, stored=trained.task.storage.weights)
     _check_base(settings)
     measured = made.rounds(settings) or (settings.quantised and made.merged)

@@ -56,6 +56,7 @@ class Format(ABC):
     name: ClassVar[str]
     title: ClassVar[str]  # what it is for, in a line
     merged: ClassVar[bool] = True  # whether it is made from the merged model
+    pipelines: ClassVar[bool] = False  # whether it is of a pipeline of diffusers
     lossy: ClassVar[bool] = False  # see `rounds`
     timed: ClassVar[bool] = False  # whether `load` is as fast as it is meant to be, so that a measured speed says something
 

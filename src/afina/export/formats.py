@@ -7,12 +7,14 @@ from afina.export.format import Format
 from afina.export.gguf import Gguf
 from afina.export.gguf_adapter import GgufAdapter
 from afina.export.int8 import Int8
+from afina.export.lora_files import Diffusers, Kohya
 from afina.export.merged import Merged
 from afina.export.onnx import Onnx, OnnxInt8
 
 __all__ = ["FORMATS", "find_format"]
 
-FORMATS: dict[str, Format] = {made.name: made for made in (Merged(), Int8(), Onnx(), OnnxInt8(), Gguf(), GgufAdapter())}
+_ALL: tuple[Format, ...] = (Merged(), Int8(), Onnx(), OnnxInt8(), Gguf(), GgufAdapter(), Diffusers(), Kohya())
+FORMATS: dict[str, Format] = {made.name: made for made in _ALL}
 
 
 def find_format(name: str) -> Format:

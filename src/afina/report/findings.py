@@ -30,6 +30,7 @@ _SPLITS = {
     "grouped": "by chance, with all rows of a group on one side",
     "time": "by time: the earliest rows train, the latest test",
     "given": "as files or a column say",
+    "none held out": "not at all: every row is learned from",
 }
 _LISTED = 12  # rows of a table
 _UNEVEN = 5  # times as many rows in the commonest class as in the rarest

@@ -20,6 +20,7 @@ __all__ = ["REPORT", "render", "write_report"]
 REPORT = "report.html"
 _FOR = {
     "causal_lm": "to continue texts",
+    "dreambooth": "to draw one subject",
     "question_answering": "to find answers in texts",
     "regression": "to give texts a number",
     "sentence_similarity": "to tell how alike texts are",

@@ -37,7 +37,7 @@ def join(nodes: Iterable[Node]) -> Markup:
 def el(name: str, /, *children: Node, **attributes: Any) -> Markup:
     """An element; `class_` is written `class`, `stroke_width` as `stroke-width`; None leaves an attribute out."""
     said = "".join(f' {k.rstrip("_").replace("_", "-")}="{_escaped(v)}"' for k, v in attributes.items() if v is not None)
-    if name in ("meta", "link"):
+    if name in ("meta", "link", "img"):
         return Markup(f"<{name}{said}>")
     return Markup(f"<{name}{said}>{join(children)}</{name}>")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from afina.report.answer import figures
 from afina.report.beside import furthest, least_alike, written
+from afina.report.drawn import drawn
 from afina.report.findings import findings
 from afina.report.folder import RunFolder
 from afina.report.history import cost, curves, trained
@@ -34,6 +35,8 @@ class Section:
 
 def examples(run: RunFolder) -> Markup | None:
     """Answers with their texts, in the way of the task."""
+    if run.task == "dreambooth":
+        return None
     made: dict[str, Made] = {
         "image_classification": mistaken_classes,
         "sequence_classification": mistaken_classes,
@@ -57,6 +60,7 @@ def also_written(run: RunFolder) -> Markup | None:
 
 
 _PARTS: tuple[tuple[str, str, Made], ...] = (
+    ("pictures", "Before and after", drawn),
     ("figures", "Every figure", figures),
     ("model", "What was trained on what", trained),
     ("training", "How training went", curves),

@@ -16,6 +16,8 @@ __all__ = ["command_lines", "python_lines", "usage"]
 def command_lines(run: RunFolder, folder: Path) -> str:
     """What to type in a terminal."""
     name = shlex.quote(str(folder))
+    if run.task == "dreambooth":
+        return f"afina export {name} --format diffusers\nafina export {name} --format kohya\nafina report {name}"
     texts = '--text "..."' if "text" in run.data["columns"] else "--file FILE"
     if run.task == "reward":
         texts = '--text "..." --text-pair "..."'
@@ -34,6 +36,8 @@ def command_lines(run: RunFolder, folder: Path) -> str:
 
 def python_lines(run: RunFolder, folder: str | None = None) -> str:
     """The adapter on its base, with transformers alone beside afina; `folder` is where the adapter lies."""
+    if run.task == "dreambooth":
+        return _drawing(run, folder or str(run.path / "adapter"))
     made = _TASKS.get(run.task)
     if made is None:
         return ""
@@ -54,6 +58,19 @@ model = PeftModel.from_pretrained(base, {folder!r}).eval()
 
 
 _FOLDER = "FOLDER"  # stands in lines for the folder of the adapter
+
+
+def _drawing(run: RunFolder, folder: str) -> str:
+    if "diffusers" not in run.metrics:
+        return ""
+    prompt = run.recipe["task"].get("instance_prompt", "...")
+    return f"""from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained({str(run.recipe["model"])!r})
+pipeline.load_lora_weights({folder!r})  # needs peft
+pipeline({prompt!r}).images[0].save("picture.png")"""
+
+
 Lines = tuple[str, list[str], str]  # the class that loads the base, its options, and what to do with it
 
 

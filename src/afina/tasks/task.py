@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -109,6 +110,7 @@ class Task(ABC):
     compares: ClassVar[bool] = False  # the model is measured against a frozen reference (tasks/reference.py)
     refers: ClassVar[bool] = False  # the loss compares a training row with what the reference makes of it
     writes_rows: ClassVar[bool] = False  # what is learned from is written by the model itself, in every step
+    pipelines: ClassVar[bool] = False  # the base is a pipeline of diffusers
 
     storage = Storage()  # of the base's weights, which load_model follows
     label_smoothing = 0.0  # of the training loss; figures do not know it
@@ -131,6 +133,21 @@ class Task(ABC):
     def labels(self) -> list[str]:
         """The labels, in the order of the model's outputs; none where the task has none."""
         return list(self.learned.get("labels", []))
+
+    @classmethod
+    def kind_for(cls, options: Mapping[str, Any]) -> Kind:
+        """What reading must know where that depends on the options of the recipe's `task`."""
+        return cls.kind
+
+    @classmethod
+    def wrong_options(cls, options: Any) -> list[str]:
+        """What is wrong with options that are each in their limits, as `KEY ...`."""
+        return []
+
+    @classmethod
+    def method_defaults(cls, method: str) -> dict[str, Any]:
+        """Options of a method that suit this task, where the recipe says nothing."""
+        return {}
 
     @classmethod
     def learn(cls, train: Sequence[Example], others: Sequence[Example]) -> dict[str, Any]:
@@ -310,6 +327,11 @@ class Task(ABC):
         """Scores of the model in float32."""
         inputs = {k: v for k, v in batch.items() if k != "labels"}
         return model(**inputs).logits.float()  # type: ignore[no-any-return]
+
+    def finish(self, model: Any, folder: Path, features: Sequence[Feature]) -> dict[str, Any]:
+        """Write what is wanted of a run beside its adapter, for metrics.json; `model` has that adapter, read back, and
+        `features` are some test rows."""
+        return {}
 
     # --- what is shown
 

@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 
 import afina.tasks
+from afina.core.files import cache_folder
 from afina.core.vocabulary import tokenizer_hash
 from afina.data.example import Example
 from afina.tasks.task import Encoded, Feature, Task
 
-__all__ = ["Part", "Stored", "cache_folder", "encoded_once"]
+__all__ = ["Part", "Stored", "encoded_once"]
 
 _KEPT = 20  # entries
 _FORM = 1  # of the files; another number makes all entries new
@@ -151,15 +152,6 @@ def _written(entry: Path, encoded: Encoded) -> Encoded:
     for old in entries[:-_KEPT]:
         shutil.rmtree(old, ignore_errors=True)
     return _read(entry)
-
-
-def cache_folder(name: str) -> Path | None:
-    """Where afina keeps what it need not compute again; None where AFINA_CACHE is off."""
-    asked = os.environ.get("AFINA_CACHE", "")
-    if asked.lower() in ("off", "0", "false", "no"):
-        return None
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return (Path(asked) if asked else home / "afina") / name
 
 
 def _key(task: Task, examples: Sequence[Example], max_length: int | None, limit: int) -> str:

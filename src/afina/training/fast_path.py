@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from afina.core.files import cache_folder
 from afina.fast.attention import short_attention
 from afina.fast.blocks import Stack, find_stack
 from afina.fast.dropout import quick_dropout
@@ -33,7 +34,6 @@ from afina.memory.sizes import parse_size, shown_size
 from afina.tasks.task import Batch, Rows, Task
 from afina.training import checkpoints
 from afina.training.batching import sorted_batches
-from afina.training.cache import cache_folder
 from afina.training.engines.engine import Engine
 from afina.training.recipe import TrainingOptions
 

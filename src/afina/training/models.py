@@ -25,10 +25,14 @@ class ModelSource:
     name: str  # as typed
     path: str  # a folder or a hub id, for from_pretrained
     public_name: str  # what a saved adapter calls its base
+    pipeline: bool = False  # of diffusers, not a model of transformers
 
 
-def find_model(name: str) -> ModelSource:
-    """The model that a name means; nothing is downloaded yet. Raises ConfigError or MissingDependencyError."""
+def find_model(name: str, *, pipeline: bool = False) -> ModelSource:
+    """The model, or the pipeline of diffusers, that a name means; nothing is downloaded yet. Raises ConfigError or
+    MissingDependencyError."""
+    if pipeline and name == MINILM:
+        raise ConfigError("a pipeline of diffusers is expected: a folder with a model_index.json, or a hub id")
     if name == MINILM and not Path(name).is_dir():
         spec = importlib.util.find_spec(_PACKAGE)  # looked at, never imported: importing it pulls in another library
         if spec is None or spec.origin is None:
@@ -36,25 +40,36 @@ def find_model(name: str) -> ModelSource:
         return ModelSource(name, str(Path(spec.origin).parent / "model"), _HUB_ID)
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        index, other = ("model_index.json", "config.json") if pipeline else ("config.json", "model_index.json")
+        if not (folder / index).is_file():
             here = sorted(p.name for p in folder.iterdir())
             if "adapter_config.json" in here or (folder / "adapter" / "adapter_config.json").is_file():
                 raise ConfigError(
                     f"model {name!r} is {'an adapter' if 'adapter_config.json' in here else 'a run'}, not a base model; to "
                     f"train its adapter further say --start {name} (start: {name} in a recipe) and leave the model out"
                 )
-            raise ConfigError(f"model {name!r} is a folder without a config.json; it holds {shortened(here) or 'nothing'}")
-        return ModelSource(name, str(folder), name)
+            said = f"model {name!r} is a folder without a {index}; it holds {shortened(here) or 'nothing'}"
+            if other in here:
+                there = "model of transformers; a pipeline of diffusers is expected" if pipeline else (
+                    "pipeline of diffusers; a model of transformers is expected. Pipelines are trained by `afina dreambooth`"
+                )
+                said = f"model {name!r} is a {there}"
+            raise ConfigError(said)
+        return ModelSource(name, str(folder), name, pipeline)
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         near = did_you_mean(folder.name, [p.name for p in folder.parent.iterdir()]) if folder.parent.is_dir() else ""
         raise ConfigError(f"model {name!r}: there is no such folder.{near if 'Did you' in near else ''}")
     if not name.strip():
         raise ConfigError(f"model {name!r}: expected {MINILM}, a folder, or a hub id")
-    return ModelSource(name, name, name)
+    return ModelSource(name, name, name, pipeline)
 
 
 def load_config(source: ModelSource) -> Any:
     """The model's configuration; raises ConfigError where neither disk nor hub has it."""
+    if source.pipeline:
+        from afina.diffusion.pipelines import pipeline_config
+
+        return pipeline_config(source.path)
     from transformers import AutoConfig
 
     return _fetched(source, AutoConfig.from_pretrained)
@@ -66,6 +81,10 @@ def load_tokenizer(source: ModelSource, folder: str | Path | None = None) -> Any
 
     if folder is not None:
         return AutoTokenizer.from_pretrained(folder)
+    if source.pipeline:
+        from afina.diffusion.pipelines import load_part, pipeline_config
+
+        return load_part(pipeline_config(source.path), "tokenizer")
     return _fetched(source, AutoTokenizer.from_pretrained)
 
 

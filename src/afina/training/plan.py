@@ -253,7 +253,8 @@ def planner_for(
         config = start.settled(recipe, config, problems, spell)
     source = None
     try:
-        source = find_model(recipe.model)
+        chosen = tasks().get(str(recipe.task["name"]))
+        source = find_model(recipe.model, pipeline=chosen is not None and chosen.pipelines)
         load_config(source)
     except ConfigError as error:
         problems.add(f"{spell('model')}: {error}")
@@ -280,14 +281,16 @@ def planner_for(
     if not files:
         add_tokens(processor, recipe.data.new_tokens)
     if has_file:
-        table = read_rows(recipe.data, made.kind)
-        columns = chosen_columns(table, made.kind, recipe.data, problems, spell)
+        kind = made.kind_for(recipe.task)
+        table = read_rows(recipe.data, kind)
+        columns = chosen_columns(table, kind, recipe.data, problems, spell)
         problems.raise_as(ConfigError)
-        done = divide_rows(table, made.kind, recipe.data, columns=columns, seed=recipe.training.seed)
+        done = divide_rows(table, kind, recipe.data, columns=columns, seed=recipe.training.seed)
         sides = {name: [done.examples[i] for i in rows] for name, rows in done.sides.items()}
     elif (rows := made.stand_ins(options)) is not None:
         sides = {name: list(rows) for name in ("train", "validation", "test")}
-        notes.append(f"no data file was read: every row is taken to be as large as they come, with {len(rows)} classes")
+        of_classes = f", with {len(rows)} classes" if made.kind.labels in ("class", "classes") else ""
+        notes.append(f"no data file was read: every row is taken to be as large as they come{of_classes}")
     else:
         assert recipe.training.max_length is not None
         sides = {name: rows_of_words(made, options, recipe.training.max_length) for name in ("train", "validation", "test")}
@@ -323,7 +326,7 @@ def planner_of(
     if recipe.training.max_length is not None and recipe.training.max_length > limit:
         raise ConfigError(f"training.max_length={recipe.training.max_length}: {recipe.model} takes at most {limit} tokens")
     everything = [e for examples in sides.values() for e in examples]
-    encode = task.encode if notes else partial(encoded_once, task)
+    encode = outline.encode if notes else partial(encoded_once, outline)  # which needs no weights
     made = encode(everything, recipe.training.max_length, limit).features
     largest = "validation" if len(sides["validation"]) > len(sides["test"]) else "test"
     ends = dict(zip(sides, accumulate(len(examples) for examples in sides.values()), strict=True))

@@ -22,7 +22,7 @@ from afina.data.options import DataOptions
 from afina.errors import ConfigError, Problems, did_you_mean
 from afina.memory.sizes import parse_size
 from afina.memory.storage import STORAGES
-from afina.tasks.catalogue import find_task, task_options
+from afina.tasks.catalogue import find_task, task_options, tasks
 from afina.training.optimizers import OPTIMIZERS, SCHEDULES
 from afina.training.trackers import check_trackers
 
@@ -200,7 +200,8 @@ class Recipe:
         if unknown:
             return None
         try:
-            return method.make_config(**{**METHOD_DEFAULTS.get(name, {}), **given, "task_type": task_type})
+            suited = find_task(self.task["name"]).method_defaults(name) if self.task["name"] in tasks() else {}
+            return method.make_config(**{**METHOD_DEFAULTS.get(name, {}), **suited, **given, "task_type": task_type})
         except ConfigError as error:
             problems.add(str(error))
             return None
@@ -248,6 +249,9 @@ class Recipe:
             problems.add(f"{spell('task.name')}: {error}")
             return None
         options = task_options(task, {k: v for k, v in self.task.items() if k != "name"}, problems, spell)
+        for wrong in task.wrong_options(options):
+            key, space, rest = wrong.partition(" ")
+            problems.add(f"{spell(f'task.{key}')}{space}{rest}")
         self.task = {"name": name, **dataclasses.asdict(options)}
         if self.training.label_smoothing and not task.smooths:
             asked = f"{spell('training.label_smoothing')}={self.training.label_smoothing}"

@@ -114,7 +114,8 @@ def _prepared(
 ) -> Run:
     start = find_start(recipe, problems, spell)
     config = recipe.check(problems, spell)
-    kind = find_task(recipe.task["name"]).kind if recipe.task["name"] in tasks() else None
+    chosen = tasks().get(str(recipe.task["name"]))
+    kind = chosen.kind_for(recipe.task) if chosen is not None else None
     table, columns = None, dict[str, str]()
     if kind is None:
         pass  # the recipe's check has told it
@@ -130,7 +131,7 @@ def _prepared(
             problems.add(f"{spell('data.file')}: {error}")
     source = None
     try:
-        source = find_model(recipe.model)
+        source = find_model(recipe.model, pipeline=chosen is not None and chosen.pipelines)
     except (ConfigError, MissingDependencyError) as error:
         problems.add(f"{spell('model')}: {error}")
     device = _device()
@@ -350,6 +351,7 @@ class Run:
         batch, trained = self._compared(engine)
         if engine.main:
             metrics["read_back"] = self._read_back(batch, trained, engine)
+            metrics |= self.task.finish(self.model, self.output, self.rows["test"].features[:_COMPARED])
             _write_json(self.output / METRICS, metrics)
             write_report(self.output)
             write_card(self.output)
@@ -377,7 +379,7 @@ class Run:
         if self.overwrite and not self.resume and (self.output / RECIPE).is_file():
             for name in (RECIPE, METRICS, PREDICTIONS, REPORT, "log.jsonl"):
                 (self.output / name).unlink(missing_ok=True)
-            for name in (ADAPTER, DATA, REFERENCE, "checkpoints", "tensorboard"):
+            for name in (ADAPTER, DATA, REFERENCE, "checkpoints", "pictures", "tensorboard"):
                 shutil.rmtree(self.output / name, ignore_errors=True)
         (self.output / DATA).mkdir(parents=True, exist_ok=True)
         for name, rows in self.rows.items():

@@ -62,8 +62,9 @@ class TrainedRun:
             )
         recipe = read_recipe(folder / "recipe.yaml")
         settings = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["task"]
-        source = find_model(recipe.model)
-        processor = load_processor(source, find_task(settings["name"]).processor_kind, folder / "adapter")
+        made = find_task(settings["name"])
+        source = find_model(recipe.model, pipeline=made.pipelines)
+        processor = load_processor(source, made.processor_kind, folder / "adapter")
         task = task_from_settings(settings, processor)
         task.storage = Storage.of(recipe.memory.weights if recipe.memory.weights != "auto" else "fp32", load_config(source))
         return recipe, task, source

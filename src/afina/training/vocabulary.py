@@ -30,9 +30,8 @@ def fit_embeddings(model: Any, tokenizer: Any, config: AdapterConfig, asked: str
     the method cannot train single rows.
     """
     notes: list[str] = []
-    if tokenizer is None:
+    if tokenizer is None or (embeddings := model.get_input_embeddings()) is None:
         return notes
-    embeddings = model.get_input_embeddings()
     rows, needed = int(embeddings.weight.shape[0]), max(tokenizer.get_vocab().values()) + 1
     if needed > rows:
         if not any(f.name == "trainable_token_indices" for f in dataclasses.fields(config)):

@@ -91,7 +91,8 @@ def _offload(recipe: Recipe, planner: Planner) -> None:
 
 
 def _quantisable(recipe: Recipe, planner: Planner) -> bool:
-    return recipe.memory.weights in FLOATS and recipe.distributed.engine in ("ddp", "zero2")
+    apart = recipe.distributed.engine in ("ddp", "zero2")
+    return recipe.memory.weights in FLOATS and apart and not planner.task.pipelines
 
 
 _RUNGS = (
@@ -120,7 +121,9 @@ _RUNGS = (
     ),
     Rung(
         "weights in the host's memory",
-        lambda recipe, planner: planner.device == "cuda" and not recipe.distributed.offload,
+        lambda recipe, planner: (
+            planner.device == "cuda" and not recipe.distributed.offload and not planner.task.pipelines
+        ),
         _offload,
         "deepspeed",
     ),
