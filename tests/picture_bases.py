@@ -61,6 +61,27 @@ def save_mobilenet(folder, labels=5):
     return _save(folder, model, processor)
 
 
+def save_segformer(folder, size=32):
+    config = tf.SegformerConfig(
+        num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[8, 16], patch_sizes=[3, 3], strides=[2, 2],
+        num_attention_heads=[1, 2], mlp_ratios=[2, 2], decoder_hidden_size=16, hidden_dropout_prob=0.0,
+        classifier_dropout_prob=0.0, drop_path_rate=0.0, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    processor = tf.SegformerImageProcessorPil(size={"height": size, "width": size}, do_reduce_labels=True)
+    return _save(folder, tf.SegformerForSemanticSegmentation(config), processor)
+
+
+def disc_and_mask(chance, size=(37, 29)):
+    """A picture with a bright disc, and its mask: 1 within the disc, 255 on its edge, else 0."""
+    made, mask = picture("disc", chance, size), Image.new("L", size, 0)
+    x, y, r = chance.randrange(4, 16), chance.randrange(4, 12), chance.randrange(9, 15)
+    for drawn, ink, edge in ((made, (240, 240, 20), (240, 240, 20)), (mask, 1, 255)):
+        ImageDraw.Draw(drawn).rectangle((0, 0, *size), fill=(20, 10, 30) if drawn is made else 0)
+        ImageDraw.Draw(drawn).ellipse((x, y, x + r, y + r), fill=ink, outline=edge)
+    return made, mask
+
+
 def _save(folder, model, processor):
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -35,6 +35,7 @@ from afina.tasks.entities import Scheme
 from afina.training.run import prepare
 
 CHROMIUM = Path("/usr/bin/chromium")
+PICTURES = ("image_classification", "semantic_segmentation")
 CLASSES = ("sequence_classification", "image_classification")
 COMMON = {"answer", "figures", "model", "training", "mistakes", "data", "lengths", "cost", "use"}
 OWN = {
@@ -73,7 +74,7 @@ def test_the_page_has_what_the_task_has(name, made):
     text = (made(name) / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     page.check_harmless()
-    one_length = {"lengths"} if name == "image_classification" else set()
+    one_length = {"lengths"} if name in PICTURES else set()
     assert set(page.sections) == (COMMON | OWN.get(name, set())) - one_length
     assert all(words.strip() for words in page.sections.values())
     assert all(link[1:] in page.ids for link in page.links if link.startswith("#"))
@@ -98,7 +99,7 @@ def test_intervals_hold_the_figure(name, made):
     found = intervals(run)
     for key, (low, high) in found.items():
         assert low <= run.test[key] <= high, key
-    if name not in ("causal_lm", "seq2seq"):
+    if name not in ("causal_lm", "seq2seq", "semantic_segmentation"):
         assert found
     what, scores = row_scores(run)
     assert len(scores) == len(run.rows)
@@ -165,6 +166,9 @@ def test_the_python_lines_answer_as_the_run_did(name, made):
             assert eval(said) == pytest.approx(wanted, abs=2e-6)
         elif name == "multi_label_classification":
             assert sorted(eval(said)) == ([] if row.answer == "[]" else names_in(row.answer))
+        elif name == "semantic_segmentation":
+            shares = {label: f"{share:.1%}" for label, share in eval(said).items()}
+            assert all(f"{label} {shares[label]}" in row.answer for label in shares if shares[label] != "0.0%")
         elif name == "grpo":
             known = [*tiny_bases.WORDS, *(word for words in tiny_bases.TELLING.values() for word in words)]
             assert set(said.split()) <= {*known}

@@ -90,6 +90,11 @@ def pictured(chance):
     return {"image": picture_bases.picture(label, chance), "label": label}
 
 
+def segmented(chance):
+    made, mask = picture_bases.disc_and_mask(chance)
+    return {"image": made, "mask": mask}
+
+
 def _text(chance, *inside):
     words = [*chance.choices(WORDS, k=chance.randrange(2, 13)), *inside]
     chance.shuffle(words)
@@ -130,6 +135,7 @@ CASES = {
     "causal_lm": (instructed, save_causal, {"max_new_tokens": 5, "generate": True}),
     "seq2seq": (translated, save_t5, {"max_new_tokens": 5}),
     "sentence_similarity": (alike, tiny_bases.save_bert, {}),
+    "semantic_segmentation": (segmented, picture_bases.save_segformer, {"augment": "crop_and_flip"}),
     "image_classification": (pictured, picture_bases.save_vit, {"augment": "crop_and_flip"}),
     "reward": (preferred, tiny_bases.save_bert, {}),
     "dpo": (preferred, save_causal, {"max_new_tokens": 5, "generate": True}),
@@ -155,9 +161,9 @@ def case(name, folder, rows=47, **training):
     with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
         for n in range(rows):
             made = row(chance)
-            if "image" in made:
-                made["image"].save(folder / f"{n}.png")
-                made["image"] = f"{n}.png"
+            for key in made.keys() & {"image", "mask"}:
+                made[key].save(folder / f"{key}{n}.png")
+                made[key] = f"{key}{n}.png"
             file.write(json.dumps(made, ensure_ascii=False) + "\n")
     if not (folder / "base").is_dir():
         save(folder / "base")

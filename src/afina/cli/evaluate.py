@@ -30,7 +30,7 @@ def evaluate(
 
     trained = TrainedRun.load(run)
     given = {"text": text, "text_pair": text_pair, "label": label}
-    names = {role: given[role] or column for role, column in trained.columns.items()}
+    names = {role: given.get(role) or column for role, column in trained.columns.items()}
     path = data or run / "data" / "test.csv"
     media = trained.task.kind.media
     rows = read_table(path, set(names.values()), read=trained.task.kind.read, media=media)

@@ -17,10 +17,10 @@ from afina.data.rows import Rows
 from afina.data.table import Table
 from afina.errors import DataError, shortened
 
-__all__ = ["Look", "Medium", "folder_of_classes", "locate", "looks_at"]
+__all__ = ["SIDES", "Look", "Medium", "folder_of_classes", "locate", "looks_at"]
 
 _THREADS = 4
-_SIDES = {"train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
+SIDES = {"train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
           "dev": "validation", "test": "test", "testing": "test"}  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def folder_of_classes(folder: Path, medium: Medium, role: str) -> Table | None:
     if not found:
         return None
     places = [p.relative_to(folder).parts for p in found]
-    divided = all(len(parts) > 1 and parts[0].lower() in _SIDES for parts in places)
+    divided = all(len(parts) > 1 and parts[0].lower() in SIDES for parts in places)
     wrong = [str(p.relative_to(folder)) for p, parts in zip(found, places, strict=True) if len(parts) != 2 + divided]
     if wrong:
         form = "SIDE/CLASS/FILE" if divided else "CLASS/FILE, or in all of train/CLASS/FILE, test/CLASS/FILE"
@@ -89,7 +89,7 @@ def folder_of_classes(folder: Path, medium: Medium, role: str) -> Table | None:
         table.rows.append((str(path.absolute()), parts[-2]))
         table.lines.append("/".join(parts))
         if table.sides is not None:
-            table.sides.append(_SIDES[parts[0].lower()])
+            table.sides.append(SIDES[parts[0].lower()])
     others = sorted({p.suffix.lower() or p.name for p in folder.rglob("*") if p.is_file() and not _hidden(p, folder)}
                     - set(medium.endings))  # fmt: skip
     if others:

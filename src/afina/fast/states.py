@@ -8,6 +8,7 @@ written when the file is complete up to there, so that a run that was killed lea
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from contextlib import suppress
@@ -23,7 +24,8 @@ _INDEX, _DATA = "index.json", "states.bin"
 
 
 class States:
-    """Rows of hidden states `[tokens, width]` by a digest; `limit` is in bytes, and what is over it is not kept.
+    """Rows of hidden states `[tokens, width]`, or `[channels, height, width]`, by a digest; `limit` is in bytes, and what is
+    over it is not kept.
 
     Several processes may read; one at a time writes, the others keep what they add to themselves.
     """
@@ -31,7 +33,7 @@ class States:
     def __init__(self, folder: Path, limit: int):
         self.folder, self.limit = folder, limit
         self.rows: dict[str, tuple[int, int]] = {}  # digest -> first byte, tokens
-        self.width, self.dtype = 0, torch.float32
+        self.rest, self.dtype = list[int](), torch.float32  # sizes of a row but the first, which differs from row to row
         self.size = 0
         self.new = False  # rows that no file names yet
         self._mapped: Any = None
@@ -43,7 +45,7 @@ class States:
         about = json.loads((self.folder / _INDEX).read_text(encoding="utf-8"))
         if (self.folder / _DATA).stat().st_size < about["size"]:
             return
-        self.width, self.dtype, self.size = about["width"], getattr(torch, about["dtype"]), about["size"]
+        self.rest, self.dtype, self.size = about["rest"], getattr(torch, about["dtype"]), about["size"]
         self.rows = {digest: (first, tokens) for digest, first, tokens in about["rows"]}
         os.utime(self.folder)
 
@@ -57,7 +59,7 @@ class States:
         if self.size + states.nbytes > self.limit:
             return False
         if not self.rows:
-            self.width, self.dtype, self.size = states.shape[1], states.dtype, 0
+            self.rest, self.dtype, self.size = list(states.shape[1:]), states.dtype, 0
         with (self.folder / _DATA).open("r+b" if self.size else "wb") as file:
             file.seek(self.size)
             file.write(states.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -69,10 +71,10 @@ class States:
     def get(self, digest: str) -> torch.Tensor:
         """The states of a row, mapped."""
         first, tokens = self.rows[digest]
-        last = first + tokens * self.width * self.dtype.itemsize
+        last = first + tokens * math.prod(self.rest) * self.dtype.itemsize
         if self._mapped is None or len(self._mapped) < last:
             self._mapped = torch.from_numpy(np.memmap(self.folder / _DATA, dtype=np.uint8, mode="c"))
-        return self._mapped[first:last].view(self.dtype).view(tokens, self.width)  # type: ignore[no-any-return]
+        return self._mapped[first:last].view(self.dtype).view(tokens, *self.rest)  # type: ignore[no-any-return]
 
     def keep(self) -> None:
         """Write down which rows are there, for the next run."""
@@ -80,7 +82,7 @@ class States:
             return
         self.new = False
         rows = [[digest, first, tokens] for digest, (first, tokens) in self.rows.items()]
-        about = {"width": self.width, "dtype": str(self.dtype).removeprefix("torch."), "size": self.size, "rows": rows}
+        about = {"rest": self.rest, "dtype": str(self.dtype).removeprefix("torch."), "size": self.size, "rows": rows}
         beside = self.folder / f".{_INDEX}.{os.getpid()}"
         beside.write_text(json.dumps(about), encoding="utf-8")
         os.replace(beside, self.folder / _INDEX)

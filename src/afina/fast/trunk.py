@@ -174,7 +174,7 @@ class Trunk:
         rows = [self.states.get(digest) for digest in self._digests]
         if self._mask is None:
             return torch.stack(rows).to(hidden.device)
-        made = torch.zeros(*hidden.shape[:2], self.states.width, dtype=self.states.dtype, device=hidden.device)
+        made = torch.zeros(*hidden.shape[:2], *self.states.rest, dtype=self.states.dtype, device=hidden.device)
         made[self._mask] = torch.cat(rows).to(hidden.device)
         return made
 

@@ -16,8 +16,8 @@ def untied(model: Any, path: str) -> None:
     """Gives the output head a table of its own where the checkpoint has one: its configuration says that the two are not
     tied, which transformers sets aside for some architectures (T5) until it sees the weights."""
     said, _ = model.config.get_config_dict(path)
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    if said.get("tie_word_embeddings") is False and head is not None and head.weight is table.weight:
+    head = model.get_output_embeddings()
+    if said.get("tie_word_embeddings") is False and head is not None and head.weight is model.get_input_embeddings().weight:
         head.weight = nn.Parameter(head.weight.detach().clone())
 
 

@@ -28,6 +28,7 @@ _PIPELINES = {
     "causal_lm": "text-generation", "image_classification": "image-classification",
     "multi_label_classification": "text-classification",
     "question_answering": "question-answering", "regression": "text-classification",
+    "semantic_segmentation": "image-segmentation",
     "sentence_similarity": "sentence-similarity", "seq2seq": "text2text-generation",
     "sequence_classification": "text-classification", "token_classification": "token-classification",
     "reward": "text-classification", **dict.fromkeys(POLICIES, "text-generation"),
@@ -129,12 +130,12 @@ def _data(run: RunFolder) -> str:
 
 
 def _limits(run: RunFolder) -> str:
-    lines = ["- The figures hold for rows like those of the file. On other texts measure again: `afina evaluate`."]
+    lines = [f"- The figures hold for rows like those of the file. On other {run.what}s measure again: `afina evaluate`."]
     if length := run.data.get("max_length"):
         read = f"in windows of {length} tokens" if run.task == "question_answering" else f"up to {length} tokens"
         lines.append(f"- Texts were read {read}; of longer ones the command line does the same.")
     if run.classifies:
-        lines.append("- Every text gets one of the classes, also one that belongs to none of them.")
+        lines.append(f"- Every {run.what} gets one of the classes, also one that belongs to none of them.")
     counts = [made["rows"] for made in run.test.get("per_class", {}).values()]
     if counts and min(counts) < 10:
         lines.append("- Some classes have fewer than ten test rows; their figures are rough.")

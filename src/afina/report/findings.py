@@ -16,6 +16,7 @@ __all__ = ["findings"]
 _DROPPED = {
     "repaired_texts": "repaired: letters were read in a wrong encoding, or are control characters",
     "white_space": "repaired: runs of white space",
+    "broken_files": "left out: the text cannot be read",
     "empty_texts": "dropped: the text is empty",
     "missing_labels": "dropped: the label is missing",
     "too_short": "dropped: too few letters",
@@ -40,7 +41,11 @@ def findings(run: RunFolder) -> Markup:
     """Sentences, each with its number and lines."""
     data = run.data
     found: list[Node] = list(data.get("notes") or [])
+    found += data.get("files") or []
     for key, what in _DROPPED.items():
+        what = what.replace("the text", f"the {run.what}").replace("same text", f"same {run.what}")
+        if run.what != "text":
+            what = what.replace("nearly the same", "the same")
         if lines := data.get(key) or []:
             found.append(f"{counted(len(lines), 'row')} {what} (line {shortened(lines, 8)})")
     for why, lines in (data.get("unusable") or {}).items():

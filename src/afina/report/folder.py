@@ -90,6 +90,11 @@ class RunFolder:
         return str(self.metrics["task"]["name"])
 
     @property
+    def what(self) -> str:
+        """What a row is: a text, a picture, a recording."""
+        return str(self.data.get("what", "text"))
+
+    @property
     def classifies(self) -> bool:
         """Whether every row has one class."""
         return self.task in _CLASSES

@@ -29,6 +29,7 @@ _FOR = {
     "orpo": "to answer as people prefer",
     "kto": "to answer as people prefer",
     "grpo": "to write what is rewarded",
+    "semantic_segmentation": "to give every pixel a class",
     "seq2seq": "to turn texts into texts",
 }
 

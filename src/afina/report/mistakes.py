@@ -11,6 +11,7 @@ import numpy as np
 
 from afina.report.folder import RunFolder
 from afina.report.markup import Markup, Node, cut, el, texts_of_user
+from afina.report.pictures import thumbnail
 from afina.report.scores import chosen_labels, true_labels
 from afina.report.words import counted, percent
 
@@ -54,7 +55,7 @@ def mistaken_classes(run: RunFolder) -> Markup:
         items.append(
             el(
                 "li",
-                texts_of_user(row.given),
+                thumbnail(row.given["image"]) if "image" in row.given else texts_of_user(row.given),
                 el("p", "answered ", el("b", cut(row.answer), dir="auto"), f" {percent(share[answer[i]])}, label ",
                    el("b", cut(row.given["label"]), dir="auto"), f" {percent(share[truth[i]])} · line {row.line}",
                    *tag, class_="verdict"),
@@ -70,7 +71,8 @@ def mistaken_classes(run: RunFolder) -> Markup:
         if doubtful
         else ""
     )
-    return el("div", el("p", f"{shown}, with the line of the data file.{sure}{hint}"), el("ol", *items, class_="mistakes"))
+    seen = "mistakes seen" if "image" in run.rows[0].given else "mistakes"
+    return el("div", el("p", f"{shown}, with the line of the data file.{sure}{hint}"), el("ol", *items, class_=seen))
 
 
 def mistaken_labels(run: RunFolder) -> Markup:

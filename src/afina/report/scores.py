@@ -80,6 +80,9 @@ def row_scores(run: RunFolder) -> tuple[str, np.ndarray]:
     pairs = _numbers(run)
     if pairs is not None:
         return "absolute error", -np.abs(pairs[0] - pairs[1])
+    shares = [number_in(row.more.get("mean_iou", "")) for row in run.rows]
+    if shares and None not in shares:
+        return "mean IoU of a row", np.array(shares, dtype=float)
     losses = [number_in(row.more.get("loss", "")) for row in run.rows]
     if losses and None not in losses:
         return "loss of a row", -np.array(losses, dtype=float)

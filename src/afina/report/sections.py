@@ -15,6 +15,7 @@ from afina.report.lengths import lengths
 from afina.report.marked import mistaken_answers, mistaken_tags
 from afina.report.markup import Markup
 from afina.report.mistakes import mistaken_classes, mistaken_labels
+from afina.report.pictures import worst_masks
 from afina.report.preferred import before_and_after, misjudged, misranked
 from afina.report.results import calibrated, classes, confusions, numbers
 from afina.report.usage import usage
@@ -39,6 +40,7 @@ def examples(run: RunFolder) -> Markup | None:
         return None
     made: dict[str, Made] = {
         "image_classification": mistaken_classes,
+        "semantic_segmentation": worst_masks,
         "sequence_classification": mistaken_classes,
         "multi_label_classification": mistaken_labels,
         "token_classification": mistaken_tags,
@@ -79,6 +81,7 @@ _TITLES = {
     ("classes", "token_classification"): "Each type",
     ("classes", "multi_label_classification"): "Each label",
     ("mistakes", "causal_lm"): "What it writes",
+    ("mistakes", "semantic_segmentation"): "How well pixels are met",
     ("mistakes", "seq2seq"): "What it writes",
     ("mistakes", "grpo"): "What it writes, before and after",
 }

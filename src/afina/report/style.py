@@ -43,6 +43,9 @@ th, td { padding: .3rem .75rem .3rem 0; text-align: left; vertical-align: top; b
 .good { background: rgba(var(--good), var(--strength)); } .bad { background: rgba(var(--bad), var(--strength)); }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 1.25rem; }
+.mistakes.seen { display: grid; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr)); gap: .25rem 1.25rem; }
+.mistakes img { display: block; max-width: 100%; height: auto; border-radius: .25rem; background: var(--box); }
+.mistakes figure { margin: .1rem 0; }
 figure { margin: .5rem 0; max-width: 34rem; } figcaption { font-size: .9rem; } svg.chart { width: 100%; height: auto;
   display: block; }
 svg text { fill: var(--soft); font-size: 13px; font-family: inherit; } .grid { stroke: var(--rule); stroke-width: 1; }

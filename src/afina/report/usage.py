@@ -113,6 +113,23 @@ print(dict(zip({run.labels!r}, shares.tolist())))""",
     )
 
 
+def _segments(run: RunFolder) -> Lines:
+    return (
+        "AutoModelForSemanticSegmentation",
+        [f"id2label={dict(enumerate(run.labels))!r}"],
+        f"""from afina.data.pictures import read_picture  # upright, RGB, transparent parts on white
+
+processor = AutoImageProcessor.from_pretrained({_FOLDER}, backend="pil")
+batch = processor(read_picture("..."), return_tensors="pt")
+with torch.no_grad():
+    scores = model(**batch).logits
+scores = torch.nn.functional.interpolate(scores, size=batch["pixel_values"].shape[-2:], mode="bilinear")
+mask = scores[0].argmax(0)  # the number of a class for every pixel
+shares = mask.flatten().bincount(minlength={len(run.labels)}) / mask.numel()
+print(dict(zip({run.labels!r}, shares.tolist())))""",
+    )
+
+
 def _several(run: RunFolder) -> Lines:
     thresholds = run.metrics["task"].get("thresholds") or [0.5] * len(run.labels)
     known = {label: round(float(t), 6) for label, t in zip(run.labels, thresholds, strict=True)}
@@ -249,6 +266,7 @@ _TASKS: dict[str, Callable[[RunFolder], Lines]] = {
     "question_answering": _span,
     "regression": _number,
     "sentence_similarity": _vectors,
+    "semantic_segmentation": _segments,
     "seq2seq": _rewritten,
     "sequence_classification": _classes,
     "token_classification": _tags,

@@ -54,7 +54,7 @@ class ImageClassification(PictureTask, Classification):
             return load_base(self, AutoModelForImageClassification, path)
         model = load_base(self, AutoModelForImageClassification, path, **self.heads())
         if len(own) == len(self.labels) and not self.storage.empty:
-            renew_heads(model)
+            renew_heads(model, len(own))
         return model
 
     def encode(self, examples: Sequence[Example], max_length: int | None, limit: int) -> Encoded:

@@ -45,11 +45,14 @@ def own_labels(path: str) -> list[str]:
     return [str(names[i]) for i in sorted(names)]
 
 
-def renew_heads(model: Any) -> None:
-    """Make what lies outside the base model proper anew: a head of other classes, though as many, is no beginning (T5)."""
+def renew_heads(model: Any, outputs: int) -> None:
+    """Make the layers anew that put out the classes: a head of others, though as many, is no beginning (T5)."""
     for name, head in model.named_children():
         if name != model.base_model_prefix:
             for module in head.modules():
+                weight = module._parameters.get("weight")
+                if weight is None or weight.shape[0] != outputs:
+                    continue
                 for parameter in module._parameters.values():
                     if parameter is not None:
                         parameter._is_hf_initialized = False  # else nothing is done with it

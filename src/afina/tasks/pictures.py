@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -64,6 +64,10 @@ class PictureTask(Task):
     unit: ClassVar[str] = "pictures"
     reads_files: ClassVar[bool] = True
     options: Any
+
+    def __init__(self, processor: Any, options: Any = None, learned: Mapping[str, Any] | None = None):
+        super().__init__(processor, options, learned)
+        self.sizes: dict[tuple[int, int], tuple[int, int]] = {}  # of pictures, and as the model gets them
 
     @classmethod
     def stand_ins(cls, options: Any) -> list[Example] | None:
@@ -117,13 +121,20 @@ class PictureTask(Task):
         from PIL import Image
 
         drawn = random.Random(chance)
-        size = self._processed(Image.new("RGB", picture.size)).shape[:0:-1]
-        if "crop" in self.options.augment:
-            picture = picture.crop(cut_out(picture.size, self.options.crop, drawn))
-            picture = picture.resize(size, Image.Resampling.BILINEAR)
-        else:
+        if "crop" not in self.options.augment:
             return self._flipped(self._processed(picture), drawn)
-        return self._flipped(self._processed(picture, do_resize=False, do_center_crop=False), drawn)
+        box = cut_out(picture.size, self.options.crop, drawn)
+        cut = picture.resize(self._size(picture.size), Image.Resampling.BILINEAR, box=box)
+        return self._flipped(self._processed(cut, do_resize=False, do_center_crop=False), drawn)
+
+    def _size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Width and height of a picture of this size as the model gets it."""
+        if size not in self.sizes:
+            from PIL import Image
+
+            _, height, width = self._processed(Image.new("RGB", size)).shape
+            self.sizes[size] = width, height
+        return self.sizes[size]
 
     def _flipped(self, pixels: np.ndarray, drawn: random.Random) -> np.ndarray:
         return pixels[..., ::-1].copy() if "flip" in self.options.augment and drawn.random() < 0.5 else pixels
@@ -139,7 +150,8 @@ class PictureTask(Task):
         if len(shapes) > 1:
             said = ", ".join(f"{list(shape)} ({file})" for shape, file in list(shapes.items())[:3])
             raise DataError(f"this model's image processor makes pictures of different sizes: {said}; a batch needs one")
-        return {"pixel_values": torch.from_numpy(np.stack([f["pixel_values"] for f in made]))}
+        pixels = torch.from_numpy(np.stack([f["pixel_values"] for f in made]))
+        return {"pixel_values": pixels.contiguous(memory_format=torch.channels_last)}  # in which convolutions are fastest
 
     def amount(self, batch: Batch) -> int:
         """Pictures."""

@@ -142,7 +142,7 @@ def _first(
         notes.append(f"{frozen} and computed in every step (training.frozen_dropout=keep)")
         return False
     tokens = sum(rows["train"].lengths) + sum(rows["validation"].lengths)
-    size = states_size(stack, tokens)
+    size = states_size(stack, tokens) if task.tokenizer is not None else _measured(stack, rows, call)
     limit = 0 if options.trunk_cache == "off" else parse_size(options.trunk_cache)
     place = cache_folder("trunk")
 
@@ -177,6 +177,23 @@ def _first(
 def states_size(stack: Stack, tokens: int) -> int:
     """Bytes that the states of so many tokens take at most."""
     return tokens * next((p.shape[-1] for p in stack.blocks[0].parameters() if p.dim() == 1), 0) * 4
+
+
+def _measured(stack: Stack, rows: Mapping[str, Rows], call: Callable[[], Any]) -> int:
+    """Bytes of the states of all rows, measured on some: how many a row has is known by its model alone."""
+    sizes: list[float] = []
+
+    def note(module: Any, args: Any, out: Any) -> None:
+        hidden = out[0] if isinstance(out, tuple) else out
+        sizes.append(hidden.nbytes / len(hidden))
+
+    hook = stack.blocks[stack.depth - 1].register_forward_hook(note)
+    try:
+        with torch.no_grad():
+            call()
+    finally:
+        hook.remove()
+    return int(max(sizes) * sum(len(rows[side].features) for side in ("train", "validation")))
 
 
 def _fill(

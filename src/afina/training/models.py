@@ -121,6 +121,8 @@ def aim(config: Any, task: Any, base: Any) -> list[str]:
     if config.target_modules == "all-linear" and not (there := ModuleMap(base)).role("linear"):
         every = there.role("conv")
         full = [name for name in every if there.modules[name].groups == 1]  # the others mix no channels and hold few weights
+        if config.layers_to_transform is not None:
+            full = [name for name in full if any(part.isdigit() for part in name.split("."))]
         if full:
             config.target_modules = compact_names(full, there.modules)
             left = f" (not the {len(every) - len(full)} that work on each channel alone)" if len(full) < len(every) else ""

@@ -194,8 +194,10 @@ class Planner:
         stack = find_stack(model, call)
         if isinstance(stack, str) or not stack.depth:
             return "", []
-        size = None if self.tokens is None else states_size(stack, self.tokens)
+        size = None if self.tokens is None or task.tokenizer is None else states_size(stack, self.tokens)
         blocks = f"the first {stack.depth} of {len(stack.blocks)} blocks"
+        if task.varies:
+            return f"{blocks} are frozen and computed in every step ({task.varies})", []
         if options.trunk_cache == "off" or (size or 0) > parse_size(options.trunk_cache):
             return f"{blocks} are frozen and computed in every step (training.trunk_cache={options.trunk_cache})", []
 

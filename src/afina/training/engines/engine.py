@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, ClassVar
 
 import torch
@@ -198,7 +198,9 @@ class Engine(ABC):
 
     def saved(self) -> list[Any]:
         """Parameters that saving looks at: the trained, and the embeddings, which are saved where they were enlarged."""
-        tables = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
+        tables = [self.model.get_output_embeddings()]
+        with suppress(NotImplementedError):  # models that read no tokens
+            tables.append(self.model.get_input_embeddings())
         found = {id(p): p for p in self.trained.values()}
         return list((found | {id(p): p for table in tables if table is not None for p in table.parameters()}).values())
 
