@@ -109,3 +109,13 @@ def test_models_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'afina\[demo\]'"):
         find_model("minilm")
+
+
+def test_on_and_off_may_be_written_in_a_file_as_on_the_command_line(tmp_path):
+    """YAML takes them for true and false."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("training: {packing: on, frozen_dropout: off, trunk_cache: off}\nmemory: {gradient_checkpointing: on}")
+    recipe = read_recipe(path)
+    options = recipe.training
+    assert (options.packing, options.frozen_dropout, options.trunk_cache) == ("on", "off", "off")
+    assert recipe.memory.gradient_checkpointing is True

@@ -24,6 +24,7 @@ from afina.sweep.joined import Asked, JoinedModel
 from afina.training import checkpoints
 from afina.training.engines.ddp import DDP
 from afina.training.fast_path import engine_dtype
+from afina.training.packing import wants_packing
 from afina.training.run import Run
 
 __all__ = ["alike", "alone_because", "tried"]
@@ -45,6 +46,8 @@ def alone_because(run: Run) -> str | None:
         return "virtual tokens make its rows longer than those of the others"
     if run.task.writes_rows:
         return "what it learns from is written by its own model in every step"
+    if wants_packing(model, run.task, recipe.training):
+        return "its rows are packed into one"
     if run.task.parts_share:
         return "the loss of a row depends on the other rows of its step"
     if recipe.memory.limit or recipe.memory.activation_offload or recipe.training.gradient_accumulation == "auto":

@@ -20,10 +20,11 @@ import torch
 from afina.core.config import option
 from afina.data.example import Example
 from afina.errors import ConfigError, DataError
+from afina.fast.packing import packed
 from afina.tasks.batches import pad_right, padded
 from afina.tasks.conversations import CONVERSATIONS, question_of
 from afina.tasks.generation import left_padded
-from afina.tasks.head_loss import Aim, supervised
+from afina.tasks.head_loss import Aim, loss_sum, supervised
 from afina.tasks.loading import load_base
 from afina.tasks.prompts import TEMPLATES, Prompts, begin_token
 from afina.tasks.task import IGNORED, Batch, Encoded, Feature, Figure
@@ -56,6 +57,7 @@ class CausalLM(WritingTask):
 
     name = "causal_lm"
     task_type = "CAUSAL_LM"
+    packs = True
     kind = CONVERSATIONS
     figures = {
         "loss": Figure("loss per token", better=-1),
@@ -267,6 +269,16 @@ class CausalLM(WritingTask):
         labels = batch["labels"]
         rows, places = supervised(labels[:, 1:])
         return Aim(rows, places, labels[rows, places + 1], labels.shape[1])
+
+    def loss_sum(self, model: Any, batch: Batch) -> torch.Tensor:
+        """Cross-entropy of the targets, summed; of rows that are padded, or packed into one."""
+        if not self.packed:
+            return super().loss_sum(model, batch)
+        total = torch.zeros((), device=batch["input_ids"].device)
+        for row in packed(batch):
+            inputs = {key: row[key] for key in ("input_ids", "position_ids")}
+            total = total + loss_sum(model, inputs, self.aim(row), label_smoothing=self.label_smoothing)
+        return total
 
     def inputs(self, batch: Mapping[str, torch.Tensor]) -> Batch:
         """Ids and mask."""

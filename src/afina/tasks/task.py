@@ -101,6 +101,7 @@ class Task(ABC):
     figures: ClassVar[Mapping[str, Figure]]  # keys of `metrics` that are shown; the first chooses the weights that are kept
     Options: ClassVar[type] = NoOptions  # a dataclass of `option` fields
     smooths: ClassVar[bool] = True  # whether label smoothing means something
+    packs: ClassVar[bool] = False  # whether its training rows may be packed into one
     untuned: ClassVar[bool] = False  # the base answers without training too: its figures are a baseline
     # What makes the model's input: a tokenizer, image_processor, feature_extractor, or a processor, which has a tokenizer.
     processor_kind: ClassVar[str] = "tokenizer"
@@ -113,6 +114,7 @@ class Task(ABC):
     pipelines: ClassVar[bool] = False  # the base is a pipeline of diffusers
 
     storage = Storage()  # of the base's weights, which load_model follows
+    packed = False  # whether training rows are packed, which is tried first
     label_smoothing = 0.0  # of the training loss; figures do not know it
     class_weights: Sequence[float] | None = None  # of the training loss, one a label
 

@@ -153,6 +153,8 @@ def _first(
 
     if task.varies:
         return every_step(f"{task.varies} makes a training row another in every epoch", "")
+    if task.packed:
+        return every_step("rows are packed")
     if place is None or size > limit:
         return every_step("AFINA_CACHE=off" if place is None else f"training.trunk_cache={options.trunk_cache}")
     inside = used.enter_context(ExitStack())

@@ -71,6 +71,11 @@ class TrainingOptions:
         0, "tokens of one step, padding included, instead of batch_size: many short rows or few long ones, each with its "
         "share of the step; 0: a step is batch_size rows", low=0,
     )  # fmt: skip
+    packing: str = option(
+        "auto", "rows of a step one behind the other, without padding, none seeing another; auto: where the attention has "
+        "kernels for rows of any length (FlashAttention), elsewhere rows of like length are padded",
+        choices=("auto", "on", "off"),
+    )  # fmt: skip
     gradient_accumulation: int | str = option(
         1, "parts a step is computed in, to save memory; changes no result; auto: as few as fit, by measuring"
     )
@@ -100,7 +105,6 @@ class TrainingOptions:
     keep_checkpoints: int = option(1, "last checkpoints that are kept, beside the best", low=1)
     seed: int = option(0, "of the split, the new weights and the order of rows", low=0)
     trackers: list[str] = option(None, "where figures go too: mlflow, tensorboard, trackio, wandb", factory=list)
-
 
     @property
     def rows(self) -> int:
@@ -199,6 +203,11 @@ class Recipe:
             problems.add(f"{spell(f'method.{key}')} is no option of {name}.{near} See `afina methods {name}`.")
         if unknown:
             return None
+        if self.training.packing == "on" and "num_virtual_tokens" in fields:
+            problems.add(
+                f"{spell('training.packing')}=on: {name} puts its tokens in front of each row, and packed rows have one "
+                "front for all; leave it out"
+            )
         try:
             suited = find_task(self.task["name"]).method_defaults(name) if self.task["name"] in tasks() else {}
             return method.make_config(**{**METHOD_DEFAULTS.get(name, {}), **suited, **given, "task_type": task_type})
@@ -256,6 +265,8 @@ class Recipe:
         if self.training.label_smoothing and not task.smooths:
             asked = f"{spell('training.label_smoothing')}={self.training.label_smoothing}"
             problems.add(f"{asked}: {name} has no classes to spread a target over; leave it out")
+        if self.training.packing == "on" and not task.packs:
+            problems.add(f"{spell('training.packing')}=on: only rows of causal_lm are packed, not of {name}; leave it out")
         best = self.training.best
         chooses = [key for key, figure in task.figures.items() if not figure.final]
         if best is not None and best not in chooses:
@@ -347,6 +358,8 @@ def parse_value(value: Any, hint: Any, *, several: bool = False) -> Any:
         plain = typing.get_origin(kind) or kind
         if plain is float and isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
+        if plain is str and isinstance(value, bool) and bool not in kinds:
+            return "on" if value else "off"  # which YAML 1.1 takes for words of truth
         if plain is str and isinstance(value, str | int | float):
             return str(value)
         if isinstance(plain, type) and isinstance(value, plain) and (plain is not int or not isinstance(value, bool)):

@@ -59,6 +59,7 @@ from afina.training.fast_path import fast_path
 from afina.training.first import first_of_the_node
 from afina.training.loop import Fitted, fit, predict
 from afina.training.models import ModelSource, aim, find_model, load_config, load_processor
+from afina.training.packing import settle_packing
 from afina.training.parts import settle_parts
 from afina.training.plan import planner_of
 from afina.training.precision import choose_precision
@@ -313,7 +314,7 @@ class Run:
                 if engine.main:
                     tell({"said": sentence})
 
-            notes = [*self.told]
+            notes = [*self.told, *settle_packing(self.model, self.task, self.rows, options, engine)]
             if options.gradient_accumulation == "auto":
                 notes += settle_parts(self.model, self.task, self.rows, self.recipe, engine)
                 if engine.main:
