@@ -19,7 +19,7 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("name", ["customer_messages", "similarity", *FILES])
+@pytest.mark.parametrize("name", ["customer_messages", "similarity", "reranking", *FILES])
 def test_an_example_can_be_run(afina, name, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     recipe = Path("examples") / f"{name}.yaml"

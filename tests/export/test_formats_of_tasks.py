@@ -19,7 +19,7 @@ from afina.export.golden import read_golden
 from afina.tasks.catalogue import task_from_settings
 from afina.training.trained import TrainedRun
 
-TRACED = ("sequence_classification", "regression", "sentence_similarity", "causal_lm", "seq2seq")
+TRACED = ("sequence_classification", "regression", "reranking", "sentence_similarity", "causal_lm", "seq2seq")
 
 
 def rows_of(trained):
@@ -82,6 +82,7 @@ def test_onnx(runs, exports, name):
 
 @pytest.mark.parametrize(("name", "output"), [
     ("sequence_classification", "probabilities"), ("regression", "value"), ("sentence_similarity", "sentence_embedding"),
+    ("reranking", "score"),
 ])  # fmt: skip
 def test_onnx_gives_the_answers_themselves(runs, exports, name, output):
     import onnxruntime
@@ -94,8 +95,11 @@ def test_onnx_gives_the_answers_themselves(runs, exports, name, output):
     answers = trained.answers(examples)
     session = onnxruntime.InferenceSession(done.folder / "model.onnx")
     assert [value.shape for value in session.get_inputs()] == [["rows", "tokens"]] * len(session.get_inputs())
-    texts = [e.value[0] if e.value else e.text for e in examples]
-    given = trained.task.tokenizer(texts, padding=True, return_tensors="np")
+    texts = [[e.value[0] if e.value else e.text for e in examples]]
+    if name == "reranking":
+        texts.append([e.value[1] for e in examples])
+        answers = [trained.task.respond(answer, None)["score"] for answer in answers]
+    given = trained.task.tokenizer(*texts, padding=True, return_tensors="np")
     wanted = {value.name: given[value.name] for value in session.get_inputs()}
     (found,) = session.run([output], wanted)
     expected = np.stack([np.asarray(a).reshape(found[0].shape) for a in answers])

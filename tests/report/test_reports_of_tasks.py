@@ -147,6 +147,8 @@ def ask(name, run, row):
         return lines.replace('["A", "list", "of", "words"]', texts[0])
     if name == "question_answering":
         return lines.replace('"...?", "..."', f"{texts[0]!r}, {texts[1]!r}")
+    if name == "reranking":
+        return lines.replace('"...", ["..."]', f"{texts[0]!r}, [{texts[1]!r}]")
     if name in ("sentence_similarity", "reward"):
         return lines.replace('"...", "..."', f"{texts[0]!r}, {texts[1]!r}")
     assert lines.count('"..."') + lines.count("'...'") == 1, lines
@@ -175,6 +177,8 @@ def test_the_python_lines_answer_as_the_run_did(name, made):
         elif name in ("regression", "sentence_similarity", "reward"):
             wanted = row.more["similarity"] if name == "sentence_similarity" else row.answer
             assert float(said) == pytest.approx(float(wanted), abs=1e-4)
+        elif name == "reranking":
+            assert eval(said)[0] == (pytest.approx(float(row.answer), abs=1e-4), row.given["text_pair"])
         elif name == "token_classification":
             assert [tag for _, tag in eval(said)] == row.more["answer_tags"].split()
         elif name == "question_answering":

@@ -95,6 +95,12 @@ def segmented(chance):
     return {"image": made, "mask": mask}
 
 
+def searched(chance):
+    words = chance.sample(WORDS, 7)
+    wrong = [" ".join(chance.choices(WORDS, k=chance.randrange(2, 9))) for _ in range(chance.randrange(1, 4))]
+    return {"query": " ".join(words[:3]), "passage": " ".join(words), "negatives": wrong}
+
+
 def _text(chance, *inside):
     words = [*chance.choices(WORDS, k=chance.randrange(2, 13)), *inside]
     chance.shuffle(words)
@@ -134,6 +140,7 @@ CASES = {
     "question_answering": (asked, tiny_bases.save_bert, {}),
     "causal_lm": (instructed, save_causal, {"max_new_tokens": 5, "generate": True}),
     "seq2seq": (translated, save_t5, {"max_new_tokens": 5}),
+    "reranking": (searched, tiny_bases.save_bert, {}),
     "sentence_similarity": (alike, tiny_bases.save_bert, {}),
     "semantic_segmentation": (segmented, picture_bases.save_segformer, {"augment": "crop_and_flip"}),
     "image_classification": (pictured, picture_bases.save_vit, {"augment": "crop_and_flip"}),

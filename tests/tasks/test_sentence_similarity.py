@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,12 @@ from tiny_bases import save_bert, save_gpt2, tokenizer
 
 from afina.errors import ConfigError, DataError
 from afina.tasks.baselines import word_overlap
-from afina.tasks.in_batch import ranking_losses, ranks, step_loss
+from afina.tasks.in_batch import Texts, ranking_losses, step_gradients
+from afina.tasks.passages import numbered, passages_in
 from afina.tasks.pooling import find_pooling, pooled
+from afina.tasks.retrieval import figures_of, of_query, ranking
 from afina.tasks.sentence_similarity import SentenceSimilarity
+from afina.tasks.word_search import WordSearch
 from afina.training.recipe import DataOptions, Recipe, TrainingOptions
 from afina.training.run import prepare
 
@@ -99,45 +103,209 @@ def test_t25_the_law_can_fail(base, tmp_path, monkeypatch):
         check_parts_change_nothing(NAME, base, pairs_of(17), tmp_path)
 
 
-@pytest.mark.parametrize("sizes", [(7,), (3, 4), (1, 2, 3, 1)])
-def test_t25_the_parts_of_a_step_add_up(sizes):
-    generator = torch.Generator().manual_seed(0)
-    vectors = torch.nn.functional.normalize(torch.randn(2, 7, 5, generator=generator, dtype=torch.double), dim=-1)
-    texts = torch.tensor([[i, 100 + min(i, 5)] for i in range(7)])  # the last two have the same second text
-    whole = vectors.clone().requires_grad_()
-    total = ranking_losses(whole[0], whole[1], texts, 0.1).sum()
-    total.backward()
-    losses, gradients, place = [], [], 0
-    for size in sizes:
-        own = vectors[:, place : place + size].clone().requires_grad_()
-        loss = step_loss(own, vectors, place, texts, 0.1)
-        loss.backward()
-        losses.append(loss.detach())
-        gradients.append(own.grad)
-        place += size
-    torch.testing.assert_close(sum(losses), total.detach())
-    torch.testing.assert_close(torch.cat(gradients, dim=1), whole.grad)
+def drawn(seed, *shape):
+    return torch.nn.functional.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
 def test_what_is_no_wrong_answer_is_left_out():
-    """Dropping the others of the same text by hand gives the same loss and the same rank."""
-    generator = torch.Generator().manual_seed(1)
-    first, second = torch.nn.functional.normalize(torch.randn(2, 4, 5, generator=generator), dim=-1)
-    texts = torch.tensor([[1, 11], [2, 12], [3, 11], [1, 14]])  # 0 and 2 share the second text, 0 and 3 the first
-    scores = first @ second.T / 0.1
-    rows = {0: [0, 1], 1: [1, 0, 2, 3], 2: [2, 1, 3], 3: [3, 1, 2]}
-    losses, places = ranking_losses(first, second, texts, 0.1), ranks(first, second, texts)
-    for i, kept in rows.items():
-        there = torch.logsumexp(scores[i, kept], 0) - scores[i, i]
-        back = torch.logsumexp(scores[kept, i], 0) - scores[i, i]
-        torch.testing.assert_close(losses[i], (there + back) / 2)
-        assert places[i] == 1 + (scores[i, kept] > scores[i, i]).sum()
+    """Dropping by hand what answers the same query gives the same loss."""
+    first, second, wrong = drawn(1, 4, 5), drawn(2, 4, 5), drawn(3, 3, 5)
+    # rows 0 and 2 share the passage, 0 and 3 the query; the first wrong passage is right for query 2, the last is query 2
+    texts = Texts(
+        torch.tensor([1, 2, 3, 1]), torch.tensor([11, 12, 11, 14]),
+        torch.tensor([[11, 14], [12, 15], [11, -1], [11, 14]]), torch.tensor([15, 16, 2]),
+    )  # fmt: skip
+    scores = first @ torch.cat([second, wrong]).T / 0.1
+    there = {0: [0, 1, 4, 5, 6], 1: [1, 0, 2, 3, 5], 2: [2, 1, 3, 4, 5, 6], 3: [3, 1, 4, 5, 6]}
+    back = {0: [0, 1], 1: [1, 0, 2, 3], 2: [2, 1], 3: [3, 1, 2]}
+    losses = ranking_losses(first, second, wrong, texts, 0.1)
+    for i in range(4):
+        one = torch.logsumexp(scores[i, there[i]], 0) - scores[i, i]
+        other = torch.logsumexp(scores[back[i], i], 0) - scores[i, i]
+        torch.testing.assert_close(losses[i], (one + other) / 2)
 
 
-def test_vectors_that_are_all_equal_have_the_mean_rank():
-    same = torch.ones(7, 3) / 3**0.5
-    texts = torch.arange(14).reshape(7, 2)
-    assert ranks(same, same, texts).tolist() == [4.0] * 7
+@pytest.mark.parametrize("sizes", [(7,), (3, 4), (1, 2, 3, 1)])
+def test_t25_the_gradients_of_a_step_are_those_of_its_loss(sizes):
+    queries, passages, wrong = drawn(1, 7, 5), drawn(2, 7, 5), drawn(3, 4, 5)
+    numbers = Texts(torch.arange(7), 100 + torch.arange(7), 100 + torch.arange(7)[:, None], torch.tensor([7, 8, 9, 103]))
+    live = [v.clone().requires_grad_() for v in (queries, passages, wrong)]
+    ranking_losses(*live, numbers, 0.1).sum().backward()
+    ends = np.cumsum([0, *sizes])
+    parts = [Texts(numbers.queries[a:b], numbers.passages[a:b], numbers.right[a:b], numbers.negatives[:0])
+             for a, b in pairwise(ends)]  # fmt: skip
+    joined = Texts.joined([*parts[:-1], Texts(parts[-1].queries, parts[-1].passages, parts[-1].right, numbers.negatives)])
+    losses, gradients = step_gradients(queries, passages, wrong, joined, 0.1)
+    torch.testing.assert_close(losses, ranking_losses(queries, passages, wrong, numbers, 0.1))
+    for found, vectors in zip(gradients, live, strict=True):
+        torch.testing.assert_close(found, vectors.grad)
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_t25_parts_with_dropout_send_the_gradient_of_what_they_saw(tmp_path, count):
+    """The second pass draws what the first one drew: by hand, all parts are kept and go back together."""
+    config = tf.BertConfig(
+        vocab_size=len(tokenizer()), hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=29,
+        max_position_embeddings=61, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3, initializer_range=0.2,
+    )  # fmt: skip
+    tf.BertModel(config).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    task, model, rows = made(NAME, tmp_path, with_wrong(11))
+    model.train()
+    parts = [task.collate([rows.features[i] for i in range(k, 11, count)]) for k in range(count)]
+    chance = torch.get_rng_state()
+    kept = [task._apart(model, part) for part in parts]
+    texts = Texts.joined([Texts(p["queries"], p["passages"], p["right"], p["negatives"]) for p in parts])
+    expected = ranking_losses(*(torch.cat([k[kind] for k in kept]) for kind in range(3)), texts, 0.05).sum()
+    expected.backward()
+    wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    torch.set_rng_state(chance)
+    task.share(model, parts, lambda own: [own], 0)
+    losses = [task.loss_sum(model, part) for part in parts]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(sum(losses).detach(), expected.detach())
+    for n, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, wanted[n], rtol=1e-4, atol=1e-6)
+    for part in parts:
+        del part["chance"]
+    model.zero_grad()
+    sum(task.loss_sum(model, part) for part in parts).backward()
+    assert any(not torch.allclose(p.grad, wanted[n], rtol=1e-2) for n, p in model.named_parameters() if p.requires_grad)
+
+
+# --- search
+
+
+def test_places_are_those_of_sorting():
+    scores, numbers = np.array([0.5, 0.9, 0.1, 0.7, 0.7, 0.2]), np.array([3, 5, 7, 11, 13, 17])
+    found = ranking(scores, numbers, [11, 7], [5])
+    assert found.places.tolist() == [1.5, 5]  # 13 is as good as 11; 5 is not there
+    assert found.ranks == {11: 1.5, 7: 4}
+    assert found.wrong == 13
+    alike = ranking(np.ones(7), np.arange(7), [2])
+    assert alike.places.tolist() == [4.0]
+
+
+def test_figures_of_search_are_those_of_scikit_learn():
+    of = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed").ndcg_score
+    chance, places, expected = np.random.default_rng(0), [], []
+    for _ in range(23):
+        scores, right = chance.normal(size=37), chance.choice(37, 3, replace=False)
+        places.append(ranking(scores, np.arange(37), right).places)
+        expected.append(of([np.isin(np.arange(37), right).astype(float)], [scores], k=10))
+    made = figures_of(places)
+    assert made["ndcg_at_10"] == pytest.approx(np.mean(expected))
+    assert made["queries"] == 23
+    assert of_query(np.array([2.0, 11.0]))[1:] == [0.5, 0.0, 0.5, 0.5]
+    assert of_query(np.array([11.0, 12.0])) == [0.0] * 5
+    for key in ("ndcg_at_10", "mrr_at_10", "recall_at_1", "recall_at_5", "recall_at_10"):
+        low, high = made[f"{key}_interval"]
+        assert low <= made[key] <= high
+
+
+def test_intervals_of_search_hold_the_truth():
+    """Of 200 samples of a known share, about 95 % of the intervals hold it."""
+    chance, held = np.random.default_rng(3), 0
+    for _ in range(200):
+        hits = chance.random(50) < 0.7
+        low, high = figures_of([np.array([1.0 if hit else 99.0]) for hit in hits])["recall_at_1_interval"]
+        held += low <= 0.7 <= high
+    assert 180 <= held <= 199
+
+
+def test_words_are_searched_for_as_the_formula_says():
+    passages = ["a red wine", "a red red car and a wheel", "a sea", ""]
+    found, mean = WordSearch(passages).scores("red wheel red"), (3 + 7 + 2) / 4
+    for i, text in enumerate(passages):
+        words, expected = text.split(), 0.0
+        for word, times in (("red", 2), ("wheel", 1)):
+            n, f = sum(word in p.split() for p in passages), words.count(word)
+            rare = np.log(1 + (4 - n + 0.5) / (n + 0.5))
+            expected += times * rare * f / (f + 1.2 * (0.25 + 0.75 * len(words) / mean)) if f else 0.0
+        assert found[i] == pytest.approx(expected)
+
+
+def with_wrong(count):
+    """Every third row has no wrong passage, the others one or two of them."""
+    pairs, rows = pairs_of(2 * count), []
+    for i, pair in enumerate(pairs[:count]):
+        wrong = [pairs[-1 - i]["text_pair"], pairs[count + i // 2]["text"]][: i % 3]
+        rows.append({**pair, "negatives": json.dumps(wrong)})
+    return rows
+
+
+def test_t25_parts_with_wrong_passages_change_neither_loss_nor_gradients(base, tmp_path):
+    check_parts_change_nothing(NAME, base, with_wrong(17), tmp_path)
+
+
+@torch.no_grad()
+def test_wrong_passages_are_candidates_and_make_the_lesson_harder(base):
+    rows = with_wrong(11)
+    task, model, encoded = made(NAME, base, rows)
+    plain, _, bare = made(NAME, base, [{k: v for k, v in row.items() if k != "negatives"} for row in rows])
+    assert float(task.loss_sum(model, task.collate(encoded.features))) > float(
+        plain.loss_sum(model, plain.collate(bare.features))
+    )
+    answers = answered(task, model, encoded)
+    assert [len(a) for a in answers] == [2 + i % 3 for i in range(11)]
+    figures = task.metrics(answers, encoded.examples)
+    assert figures["candidates"] == len({t for row in numbered(encoded.examples).rows for t in row[1:]}) > 11
+    batch = task.collate(encoded.features)
+    for i, row in enumerate(encoded.examples):
+        alone = asked(task, model, task.encode(examples_of(NAME, [{"text": t} for t in row.value]), None, 61).features)
+        assert np.concatenate(alone) == pytest.approx(answers[i], abs=1e-5)
+    assert batch["owner"].tolist() == [i for i in range(11) for _ in range(i % 3)]
+
+
+def test_search_is_among_all_passages_and_told_row_by_row(base):
+    """By hand, from the vectors: every query against every passage of the side."""
+    rows = with_wrong(7)
+    rows[4]["text"] = rows[3]["text"]  # one query with two right passages
+    task, model, encoded = made(NAME, base, rows)
+    answers, known = answered(task, model, encoded), numbered(encoded.examples)
+    vectors = {t: v for row, own in zip(known.rows, answers, strict=True) for t, v in zip(row, own, strict=True)}
+    passages = sorted({t for row in known.rows for t in row[1:]})
+    places = {}
+    for row, right in zip(known.rows, known.right, strict=True):
+        order = sorted((t for t in passages if t != row[0]), key=lambda t: -float(vectors[row[0]] @ vectors[t]))
+        places[row[0]] = np.array([order.index(t) + 1.0 for t in sorted(right, key=order.index)])
+    assert len(places) == 6
+    assert max(map(len, places.values())) == 2
+    figures = task.metrics(answers, encoded.examples)
+    assert {k: v for k, v in figures.items() if k in task.figures and k != "loss"} == pytest.approx(
+        {k: v for k, v in figures_of(list(places.values())).items() if k in task.figures}
+    )
+    for said, row in zip(task.tabled(answers, encoded.examples), known.rows, strict=True):
+        before = [t for t in passages if t not in {row[0], *known.right[known.rows.index(row)]}
+                  and float(vectors[row[0]] @ vectors[t]) > float(vectors[row[0]] @ vectors[row[1]])]  # fmt: skip
+        assert float(said["rank"]) == 1 + len(before)
+        assert said["found"] in known.texts
+    found = task.baselines(encoded, encoded)["word_search"]
+    assert set(task.of_pairs) - {"loss"} <= set(found)
+
+
+def test_the_cells_of_wrong_passages():
+    assert passages_in('["a ", " ", "b"]') == ("a", "b")
+    assert passages_in("[sic] a text") == ("[sic] a text",)
+    assert passages_in("") == ()
+    with pytest.raises(ValueError, match=r"the negatives hold 7; expected a text or a list"):
+        passages_in('["a", 7]')
+
+
+def test_a_right_passage_of_another_row_is_not_held_against_its_query(base):
+    rows = [{"text": "w1", "text_pair": "w2"}, {"text": "W1", "text_pair": "w3", "negatives": '["w2", "w5"]'},
+            {"text": "w4", "text_pair": "w6"}]  # fmt: skip
+    task, _, _ = made(NAME, base, rows)
+    encoded = task.encode(examples_of(NAME, rows), None, 61)
+    assert encoded.notes == [
+        "1 row names a right passage of the same query among the wrong ones; it is not held against the query (line 3)"
+    ]
+    assert encoded.features[0]["right"] == encoded.features[1]["right"]
+    with pytest.raises(DataError, match="learn from the score alone"):
+        made(NAME, base, [{**row, "label": str(i)} for i, row in enumerate(rows)])
 
 
 # --- learning
@@ -148,9 +316,9 @@ def test_pairs_are_memorised(base, tmp_path):
     before = task.metrics(answered(task, model, rows), rows.examples)
     trained(task, model, rows, tmp_path, epochs=80, batch_size=31)
     after = task.metrics(answered(task, model, rows), rows.examples)
-    assert after["mrr"] > max(0.9, before["mrr"] + 0.1)
+    assert after["mrr_at_10"] > max(0.9, before["mrr_at_10"] + 0.1)
     assert after["recall_at_1"] <= after["recall_at_5"] <= after["recall_at_10"] <= 1
-    assert after["candidates"] == 31
+    assert after["candidates"] == len({row["text_pair"] for row in pairs_of(31)})
     assert set(task.figures) <= set(after)
 
 
@@ -169,15 +337,16 @@ def test_scores_are_memorised_in_their_unit(base, tmp_path):
     assert again.respond(answers[0], rows.examples[0]) == said
 
 
-def test_ranks_in_several_pools_are_those_of_each(base, monkeypatch):
-    task, model, rows = made(NAME, base, pairs_of(23))
-    answers = answered(task, model, rows)
-    monkeypatch.setattr("afina.tasks.sentence_similarity.POOL", 10)
+def test_the_loss_of_several_pools_is_that_of_each(base, monkeypatch):
+    task, model, rows = made(NAME, base, with_wrong(23))
+    answers, figures = answered(task, model, rows), {}
+    for pool in (1000, 10):
+        monkeypatch.setattr("afina.tasks.sentence_similarity.POOL", pool)
+        figures[pool] = task.metrics(answers, rows.examples)
     parts = [task.metrics(answers[i::3], rows.examples[i::3]) for i in range(3)]
-    whole = task.metrics(answers, rows.examples)
-    assert whole["candidates"] == 8
-    assert whole["mrr"] == pytest.approx(sum(p["mrr"] * p["rows"] for p in parts) / 23)
-    assert task.baselines(rows, rows)["word_overlap"]["candidates"] == 8
+    assert figures[10]["loss"] == pytest.approx(sum(p["loss"] * p["rows"] for p in parts) / 23)
+    assert figures[10]["ndcg_at_10"] == pytest.approx(figures[1000]["ndcg_at_10"])
+    assert figures[10]["candidates"] == figures[1000]["candidates"]
 
 
 # --- vectors

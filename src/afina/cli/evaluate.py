@@ -37,6 +37,8 @@ def evaluate(
     names |= {role: getattr(rows, role) for role in names if rows.path.is_dir() and media and getattr(rows, role)}
     locate(rows, [names[role] for role in media if role in names])
     problems = Problems("afina evaluate")
+    known = trained.task.kind.columns
+    names = {r: n for r, n in names.items() if n in rows.columns or known[r].required or known[r].asked}
     for role, name in names.items():
         if missing := rows.missing(name):
             problems.add(f"--{role.replace('_', '-')}: {missing}")

@@ -11,7 +11,7 @@ from afina.data.media import Medium
 
 __all__ = ["ROLES", "Column", "Example", "Kind", "UnusableError"]
 
-ROLES = ("text", "image", "audio", "text_pair", "label")  # keys of `data` in a recipe that name columns
+ROLES = ("text", "image", "audio", "text_pair", "negatives", "label")  # keys of `data` in a recipe that name columns
 
 
 class UnusableError(Exception):

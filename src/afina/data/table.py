@@ -69,6 +69,7 @@ class Table:
     image: str = ""  # and so on: see ROLES
     audio: str = ""
     text_pair: str = ""
+    negatives: str = ""
     label: str = ""
     nested: dict[str, str] = field(default_factory=dict)  # columns with a list or an object in them: where the first is
     running: bool = False  # one row, a text that goes on: it is divided where it stands

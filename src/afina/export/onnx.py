@@ -64,6 +64,8 @@ class _Answering(nn.Module):
             return {"probabilities": task.outputs(lambda **_: said, {}).float()}
         if task.name == "token_classification":
             return {"probabilities": torch.softmax(said.logits, dim=-1)}
+        if task.name == "reranking":
+            return {"score": torch.sigmoid(said.logits.squeeze(-1))}
         if task.kind.labels == "number":
             return {"value": said.logits.squeeze(-1) * task.learned["deviation"] + task.learned["mean"]}
         if hasattr(task, "pooling"):

@@ -1,4 +1,4 @@
-"""Answers beside the right ones: numbers, alike texts, and texts that were written."""
+"""Answers beside the right ones: numbers, and texts that were written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from afina.report.folder import Row, RunFolder
 from afina.report.markup import Markup, Node, el, text_of_user, texts_of_user
 from afina.report.words import counted
 
-__all__ = ["conversation_in", "furthest", "least_alike", "written"]
+__all__ = ["conversation_in", "furthest", "written"]
 
 SHOWN = 20
 
@@ -28,20 +28,6 @@ def furthest(run: RunFolder) -> Markup | None:
         for off, row, a, b in there[:SHOWN]
     ]  # fmt: skip
     return el("div", el("p", f"The {counted(len(items), 'row')} furthest off."), el("ol", *items, class_="mistakes"))
-
-
-def least_alike(run: RunFolder) -> Markup | None:
-    """Pairs that belong together and whose vectors point furthest apart."""
-    there = [(value, row) for row in run.rows if (value := number_in(row.answer)) is not None]
-    if not there:
-        return None
-    there.sort(key=lambda made: made[0])
-    items = []
-    for value, row in there[:SHOWN]:
-        said = el("p", "similarity ", el("b", f"{value:.3f}"), f" · line {row.line}", class_="verdict")
-        items.append(el("li", texts_of_user(row.given), said))
-    head = f"The {counted(len(items), 'pair')} that the model finds least alike, though they belong together."
-    return el("div", el("p", head), el("ol", *items, class_="mistakes"))
 
 
 def written(run: RunFolder) -> Markup | None:

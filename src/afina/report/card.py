@@ -28,6 +28,7 @@ _PIPELINES = {
     "causal_lm": "text-generation", "image_classification": "image-classification",
     "multi_label_classification": "text-classification",
     "question_answering": "question-answering", "regression": "text-classification",
+    "reranking": "text-ranking",
     "semantic_segmentation": "image-segmentation",
     "sentence_similarity": "sentence-similarity", "seq2seq": "text2text-generation",
     "sequence_classification": "text-classification", "token_classification": "token-classification",

@@ -23,6 +23,7 @@ _FOR = {
     "dreambooth": "to draw one subject",
     "question_answering": "to find answers in texts",
     "regression": "to give texts a number",
+    "reranking": "to put passages in order for a query",
     "sentence_similarity": "to tell how alike texts are",
     "reward": "to rank answers",
     "dpo": "to answer as people prefer",

@@ -77,6 +77,9 @@ def row_scores(run: RunFolder) -> tuple[str, np.ndarray]:
     for column, what in (("reward", "reward"), ("margin", "margin")):
         if run.task == {"reward": "grpo", "margin": "kto"}[column]:
             return what, np.array([number_in(row.more.get(column, "")) or 0.0 for row in run.rows])
+    ranks = [number_in(row.more.get("rank", "")) for row in run.rows]
+    if any(ranks):
+        return "inverse rank of a right passage", np.array([1 / rank if rank else 0.0 for rank in ranks])
     pairs = _numbers(run)
     if pairs is not None:
         return "absolute error", -np.abs(pairs[0] - pairs[1])

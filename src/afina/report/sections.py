@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from afina.report.answer import figures
-from afina.report.beside import furthest, least_alike, written
+from afina.report.beside import furthest, written
 from afina.report.drawn import drawn
 from afina.report.findings import findings
 from afina.report.folder import RunFolder
@@ -14,6 +14,7 @@ from afina.report.history import cost, curves, trained
 from afina.report.lengths import lengths
 from afina.report.marked import mistaken_answers, mistaken_tags
 from afina.report.markup import Markup
+from afina.report.misses import misses
 from afina.report.mistakes import mistaken_classes, mistaken_labels
 from afina.report.pictures import worst_masks
 from afina.report.preferred import before_and_after, misjudged, misranked
@@ -51,7 +52,8 @@ def examples(run: RunFolder) -> Markup | None:
         "orpo": misranked,
         "kto": misjudged,
         "grpo": before_and_after,
-        "sentence_similarity": furthest if "spearman" in run.figures else least_alike,
+        "reranking": misses,
+        "sentence_similarity": furthest if "spearman" in run.figures else misses,
     }
     return made.get(run.task, written)(run)
 

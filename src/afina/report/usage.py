@@ -187,6 +187,21 @@ print(context[offsets[first][0] : offsets[last][1]])""",
     )
 
 
+def _reranked(run: RunFolder) -> Lines:
+    length = run.data.get("max_length")
+    return (
+        "AutoModelForSequenceClassification",
+        ["num_labels=1"],
+        f"""query, passages = "...", ["..."]
+batch = tokenizer(
+    [query] * len(passages), passages, return_tensors="pt", padding=True, truncation=True, max_length={length}
+)
+with torch.no_grad():
+    scores = torch.sigmoid(model(**batch).logits[:, 0]).tolist()
+print(sorted(zip(scores, passages), reverse=True))  # the best passage comes first""",
+    )
+
+
 def _vectors(run: RunFolder) -> Lines:
     pooling = run.metrics["task"].get("options", {}).get("pooling", "auto")
     base = str(run.adapter.get("base_model_name_or_path") or run.recipe["model"])
@@ -265,6 +280,7 @@ _TASKS: dict[str, Callable[[RunFolder], Lines]] = {
     "multi_label_classification": _several,
     "question_answering": _span,
     "regression": _number,
+    "reranking": _reranked,
     "sentence_similarity": _vectors,
     "semantic_segmentation": _segments,
     "seq2seq": _rewritten,

@@ -313,6 +313,10 @@ class Task(ABC):
     def columns(self, answer: Any, example: Example) -> dict[str, str]:
         """The answer as columns of a CSV file: "answer" first, then for example p(LABEL)."""
 
+    def tabled(self, answers: Sequence[Any], examples: Sequence[Example]) -> list[dict[str, str]]:
+        """As `columns`, of all test rows, which may say of a row what follows from the others."""
+        return [self.columns(answer, example) for answer, example in zip(answers, examples, strict=True)]
+
     def respond(self, answer: Any, example: Example) -> dict[str, Any]:
         """The answer as JSON, for `afina predict --json`."""
         return dict(self.columns(answer, example))

@@ -161,19 +161,21 @@ def _first(
     try:
         folder = place / _name(stack, engine)
         _make_room(place, folder, limit - size)
-        trunk = Trunk(stack, States(folder, limit))
+        trunk = Trunk(stack, states := States(folder, limit))
+        known = bool(states.rows)
         if (free := shutil.disk_usage(folder).free + trunk.size) < size:
             return every_step(f"{folder.parent} has room for {shown_size(free)}")
         inside.enter_context(trunk.used())
         if not trunk.fits(call):
             inside.close()
             return every_step("what was kept of them did not give the same")
-        before = _fill(task, model, stack, trunk, rows, options, engine, say)
+        _fill(task, model, stack, trunk, rows, options, engine, (lambda _: None) if known else say)
     except OSError as error:
         inside.close()
         return every_step(f"{place} cannot be written: {error.strerror or error}")
+    before = " in a run before" if known else ""
     notes.append(f"{frozen}, without dropout, and computed once a row{before} ({shown_size(size)} on the disk)")
-    return "pair_ids" not in rows["train"].features[0]
+    return True
 
 
 def states_size(stack: Stack, tokens: int) -> int:
@@ -201,29 +203,23 @@ def _measured(stack: Stack, rows: Mapping[str, Rows], call: Callable[[], Any]) -
 def _fill(
     task: Task, model: Any, stack: Stack, trunk: Trunk, rows: Mapping[str, Rows], options: TrainingOptions, engine: Engine,
     say: Callable[[str], None],
-) -> str:  # fmt: skip
-    """Compute the states of all rows that are not there yet; says where they come from."""
-    known = len(trunk.states.rows) if trunk.states else 0
-    if "pair_ids" not in rows["train"].features[0]:  # a second text is met in the first epoch
+) -> None:  # fmt: skip
+    """Compute the states of all rows that are not there yet."""
 
-        def work(side: Rows, some: list[int]) -> Callable[[], Any]:
-            def run() -> Any:
-                model.eval()
-                with engine.autocast():
-                    return task.loss_sum(model, _batch(task, side, some, engine))
+    def work(side: Rows, some: list[int]) -> Callable[[], Any]:
+        def run() -> Any:
+            model.eval()
+            with engine.autocast():
+                return task.loss_sum(model, _batch(task, side, some, engine))
 
-            return run
+        return run
 
-        sides = rows["train"], rows["validation"]
-        if known <= _PROBED:
-            count = sum(len(side.features) for side in sides)
-            blocks = f"the first {stack.depth} of {len(stack.blocks)} blocks, which are frozen,"
-            say(f"computing {blocks} once for {count:,} rows")
-        trunk.fill(work(side, some) for side in sides
-                   for some in _filled(side.lengths, options.read_at_once))  # fmt: skip
+    sides = rows["train"], rows["validation"]
+    count = sum(len(side.features) for side in sides)
+    say(f"computing the first {stack.depth} of {len(stack.blocks)} blocks, which are frozen, once for {count:,} rows")
+    trunk.fill(work(side, some) for side in sides for some in _filled(side.lengths, options.read_at_once))
     if engine.main and trunk.states is not None:
         trunk.states.keep()
-    return " in a run before" if known > _PROBED else ""
 
 
 def _filled(lengths: Sequence[int], rows: int) -> Iterator[list[int]]:

@@ -210,7 +210,7 @@ class Planner:
         hook.remove()
         room = f"up to {options.trunk_cache}" if size is None else f"at most {shown_size(size)}"
         said = f"{blocks} are frozen and computed once a row; what they give lies on the disk ({room}), not in memory"
-        return said, [] if "pair_ids" in self.features["train"][0] else list(stack.blocks[: stack.depth])
+        return said, list(stack.blocks[: stack.depth])
 
     def _read(self, trace: Trace, model: Any, task: Task, rows: Batch) -> None:
         """A batch of evaluation, in the arithmetic in which the test rows are read."""

@@ -37,6 +37,8 @@ def rows_of_words(task: type[Any], options: Any, length: int) -> list[Example]:
         row = {"text": long, "label": label}
         if task.name in ("reward", "dpo", "orpo", "kto"):
             row = {"text": _WORD, "text_pair": long, "label": f"{long} {label}" if task.name != "kto" else "true"}
+        elif task.name == "reranking":
+            row |= {"text": _WORD, "text_pair": long, "label": "1" if label == "first" else "0"}
         elif "text_pair" in columns and columns["text_pair"].required:
             row |= {"text": _WORD, "text_pair": long, "label": json.dumps({"text": [_WORD], "answer_start": [0]})}
         elif task.name == "sentence_similarity":

@@ -414,8 +414,10 @@ class Run:
 
     def _write_predictions(self, answers: Sequence[Any], before: Sequence[Mapping[str, str]]) -> None:
         rows, titles = [], list[str]()
-        for i, (example, answer) in enumerate(zip(self.rows["test"].examples, answers, strict=True)):
-            said, right = self.task.columns(answer, example), self.task.right(answer, example)
+        examples = self.rows["test"].examples
+        tabled = self.task.tabled(answers, examples)
+        for i, (example, answer, said) in enumerate(zip(examples, answers, tabled, strict=True)):
+            right = self.task.right(answer, example)
             if before:
                 said["before"] = before[i]["answer"]
                 said |= {"reward before": before[i]["reward"]} if "reward" in before[i] else {}
