@@ -73,6 +73,7 @@ class Policy(CausalLM):
     refers = True
     shows_before = True
     smooths = False
+    not_exported = "its answers are measured against a reference, which an artefact does not hold"
 
     def __init__(self, tokenizer: Any, options: Any = None, learned: Mapping[str, Any] | None = None):
         super().__init__(tokenizer, options, learned)
