@@ -93,7 +93,8 @@ def export(
     if trained.task.not_exported:
         raise ConfigError(
             f"--format {name}: {run} is a run of {trained.task.name}, which is not exported yet "
-            f"({trained.task.not_exported}); {run / 'adapter'} is read by PEFT and afina, and `PeftModel.merge_and_unload` puts it into the weights"
+            f"({trained.task.not_exported}); {run / 'adapter'} is read by PEFT and afina, and "
+            "`PeftModel.merge_and_unload` puts it into the weights"
         )
     settings = replace(settings, stored=trained.task.storage.weights)
     _check_base(settings)
