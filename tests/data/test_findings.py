@@ -12,7 +12,7 @@ from afina.report.findings import findings
 
 def told(done, **more):
     data = {"file": "rows.csv", "columns": {"text": "t", "label": "l"}, **done.report(), **more}
-    run = SimpleNamespace(data=data, recipe={"data": {"file": "rows.csv"}}, labels=sorted(done.cleaned.classes))
+    run = SimpleNamespace(data=data, recipe={"data": {"file": "rows.csv"}}, labels=sorted(done.cleaned.classes), what="text")
     return findings(run)
 
 
