@@ -24,6 +24,7 @@ from afina.cli import (
     targets,
     tasks,
     train,
+    ui,
 )
 from afina.cli.launch import LOST
 from afina.cli.show import fail
@@ -48,6 +49,7 @@ app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("serve")(serve.serve)
+app.command("ui")(ui.ui)
 app.command("report")(report.report)
 app.command("compare")(compare.compare)
 app.command("tasks")(tasks.tasks)
