@@ -313,3 +313,17 @@ def test_t35_each_layer_tells_which_way_it_is_computed() -> None:
     model.add_adapter("third", afina.HRAConfig(r=2, target_modules=["lin"]))
     model.set_adapter("third")
     assert passes(model.adapters) == {"lin": "HRA on a layer of kind linear has no such form"}
+
+
+def test_what_the_layer_returns_may_be_written_into() -> None:
+    """As wav2vec2 does where padding is."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 3, 5, requires_grad=True), torch.randn(7, 5), torch.randn(7)
+    down, up = torch.randn(2, 5, requires_grad=True), torch.randn(7, 2, requires_grad=True)
+    padding = torch.tensor([[False, False, True], [False, True, True]])
+    found = []
+    for y in (low_rank_linear(x, LowRank(weight, bias, down, up)), linear(x, weight, bias) + x @ down.t() @ up.t()):
+        y[padding] = 0.0
+        found.append([y, *torch.autograd.grad(y.square().sum(), (x, down, up))])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)

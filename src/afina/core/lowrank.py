@@ -86,7 +86,8 @@ class _LowRankLinear(torch.autograd.Function):
         ctx.of_x = x.dtype
         weight, ctx.turned = _known_to_engines(weight)
         ctx.save_for_backward(x if into_down or into_up else None, weight if into_x else None, down, up, z, kept)
-        return y
+        # no view of another tensor: a model may write into what its layer returns, as wav2vec2 does where padding is
+        return y.data
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[Optional, ...]:
