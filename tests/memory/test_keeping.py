@@ -191,6 +191,26 @@ def test_a_second_derivative_is_the_same():
     torch.testing.assert_close(second(model), wanted)
 
 
+def test_what_is_computed_again_may_lie_otherwise_in_memory():
+    """As in Whisper, whose first norm reads the channels of a convolution."""
+
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.front, self.norm, self.after = nn.Conv1d(5, 7, 3), nn.LayerNorm(7), nn.Linear(7, 11)
+
+        def forward(self, x):
+            normed = self.norm(self.front(x).permute(0, 2, 1))
+            return self.after(normed.view(-1, 7)).square().sum()
+
+    model, x = Turned(), torch.randn(2, 5, 13)
+    parameters = list(model.parameters())
+    wanted = torch.autograd.grad(model(x), parameters)
+    keep_less(model)
+    for one, other in zip(torch.autograd.grad(model(x), parameters), wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 # --- activation functions
 
 

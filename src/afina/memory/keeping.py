@@ -110,7 +110,7 @@ class _Keeping:
     def unpack(self, kept: Any) -> torch.Tensor:
         with torch.no_grad():
             if isinstance(kept, _Again):
-                return _value(kept.node).view(kept.shape)
+                return _value(kept.node).reshape(kept.shape)  # its strides may be others than they were
             if isinstance(kept, _Narrow):
                 return self._back(kept.kept).to(kept.dtype)
             return self._back(kept)
@@ -164,7 +164,7 @@ def _value(node: Any) -> torch.Tensor:
         return _OF_SAVED[name](node)
     made = node._input_metadata[0]
     if name in _VIEWS:
-        return _value(node.next_functions[0][0]).view(tuple(made.shape))
+        return _value(node.next_functions[0][0]).reshape(tuple(made.shape))
     if name == "ToCopyBackward0":
         return _value(node.next_functions[0][0]).to(made.dtype)
     (one, _), (other, _) = node.next_functions
