@@ -36,11 +36,12 @@ from afina.training.run import prepare
 
 CHROMIUM = Path("/usr/bin/chromium")
 PICTURES = ("image_classification", "semantic_segmentation")
-CLASSES = ("sequence_classification", "image_classification")
+CLASSES = ("sequence_classification", "image_classification", "audio_classification")
 COMMON = {"answer", "figures", "model", "training", "mistakes", "data", "lengths", "cost", "use"}
 OWN = {
     "sequence_classification": {"confusions", "classes", "calibration"},
     "image_classification": {"confusions", "classes", "calibration"},
+    "audio_classification": {"confusions", "classes", "calibration"},
     "multi_label_classification": {"classes", "calibration"},
     "token_classification": {"classes"},
     "regression": {"numbers"},

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import diffusion_bases
 import picture_bases
+import sound_bases
+import soundfile
 import tiny_bases
 import torch
 import transformers as tf
@@ -90,6 +92,11 @@ def pictured(chance):
     return {"image": picture_bases.picture(label, chance), "label": label}
 
 
+def sounded(chance):
+    label = chance.choice(sorted(sound_bases.PITCHES))
+    return {"audio": sound_bases.sound(label, chance), "label": label}
+
+
 def segmented(chance):
     made, mask = picture_bases.disc_and_mask(chance)
     return {"image": made, "mask": mask}
@@ -144,6 +151,7 @@ CASES = {
     "sentence_similarity": (alike, tiny_bases.save_bert, {}),
     "semantic_segmentation": (segmented, picture_bases.save_segformer, {"augment": "crop_and_flip"}),
     "image_classification": (pictured, picture_bases.save_vit, {"augment": "crop_and_flip"}),
+    "audio_classification": (sounded, sound_bases.save_wav2vec2, {}),
     "reward": (preferred, tiny_bases.save_bert, {}),
     "dpo": (preferred, save_causal, {"max_new_tokens": 5, "generate": True}),
     "orpo": (preferred, save_causal, {"max_new_tokens": 5, "generate": True}),
@@ -171,6 +179,9 @@ def case(name, folder, rows=47, **training):
             for key in made.keys() & {"image", "mask"}:
                 made[key].save(folder / f"{key}{n}.png")
                 made[key] = f"{key}{n}.png"
+            if "audio" in made:
+                soundfile.write(folder / f"audio{n}.wav", made["audio"], 8000)
+                made["audio"] = f"audio{n}.wav"
             file.write(json.dumps(made, ensure_ascii=False) + "\n")
     if not (folder / "base").is_dir():
         save(folder / "base")

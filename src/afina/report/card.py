@@ -25,6 +25,7 @@ __all__ = ["card", "write_card"]
 
 CARD = "README.md"
 _PIPELINES = {
+    "audio_classification": "audio-classification",
     "causal_lm": "text-generation", "image_classification": "image-classification",
     "multi_label_classification": "text-classification",
     "question_answering": "question-answering", "regression": "text-classification",

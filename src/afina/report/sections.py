@@ -40,6 +40,7 @@ def examples(run: RunFolder) -> Markup | None:
     if run.task == "dreambooth":
         return None
     made: dict[str, Made] = {
+        "audio_classification": mistaken_classes,
         "image_classification": mistaken_classes,
         "semantic_segmentation": worst_masks,
         "sequence_classification": mistaken_classes,

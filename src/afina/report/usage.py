@@ -113,6 +113,21 @@ print(dict(zip({run.labels!r}, shares.tolist())))""",
     )
 
 
+def _sounds(run: RunFolder) -> Lines:
+    return (
+        "AutoModelForAudioClassification",
+        [f"id2label={dict(enumerate(run.labels))!r}"],
+        f"""from afina.data.sounds import read_sound  # one channel, at the rate asked for
+
+extractor = AutoFeatureExtractor.from_pretrained({_FOLDER})
+rate = extractor.sampling_rate
+batch = extractor(read_sound("...", rate), sampling_rate=rate, return_tensors="pt")
+with torch.no_grad():
+    shares = torch.softmax(model(**batch).logits[0]{_temperature(run)}, -1)
+print(dict(zip({run.labels!r}, shares.tolist())))""",
+    )
+
+
 def _segments(run: RunFolder) -> Lines:
     return (
         "AutoModelForSemanticSegmentation",
@@ -273,6 +288,7 @@ print(tokenizer.decode(made[0], skip_special_tokens=True))""",
 
 
 _TASKS: dict[str, Callable[[RunFolder], Lines]] = {
+    "audio_classification": _sounds,
     "causal_lm": _continued,
     "image_classification": _pictures,
     **dict.fromkeys(POLICIES, _continued),

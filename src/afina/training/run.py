@@ -209,7 +209,7 @@ def _prepared(
     asked = spell("data.new_tokens") if recipe.data.new_tokens else "the tokenizer"
     notes = fit_embeddings(base, task.tokenizer, config, asked)
     limit = task.limit(base) - int(getattr(config, "num_virtual_tokens", None) or 0)
-    if recipe.training.max_length is not None and task.tokenizer is None:
+    if recipe.training.max_length is not None and (task.tokenizer is None or task.unit == "samples"):
         raise ConfigError(f"{spell('training.max_length')}: {task.name} reads no tokens, so it does nothing; leave it out")
     if recipe.training.max_length is not None and recipe.training.max_length > limit:
         asked = f"{spell('training.max_length')}={recipe.training.max_length}"
@@ -516,6 +516,12 @@ def _check_output(output: Path, problems: Problems, *, overwrite: bool, resume: 
 
 def _check_truncation(encoded: Encoded, texts: int, recipe: Recipe, spell: Callable[[str], str], limit: int) -> None:
     share = encoded.truncated / texts
+    if share > recipe.training.max_truncated and encoded.max_length is None:
+        raise DataError(
+            f"{encoded.truncated} of {texts} rows ({share:.0%}) are cut off: {'; '.join(encoded.notes)}. "
+            f"{spell('training.max_truncated')} allows {recipe.training.max_truncated:.0%}: cut the rest into pieces, "
+            "or allow more"
+        )
     if share > recipe.training.max_truncated:
         cure = (
             f"raise {spell('training.max_length')} (the model takes up to {limit})"
