@@ -11,7 +11,6 @@ before they are timed. PEFT mixes adapters in a batch by `adapter_names`, which 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import logging
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from harness import Contestant, about, alternate, between_markers, table, write_json
+from harness import Contestant, about, alternate, parser_of, put_into, read_json, table, write_json
 
 RESULTS = Path(__file__).parent / "results" / "adapters.json"
 PACKAGES = ("afina", "peft", "torch", "transformers")
@@ -354,16 +353,12 @@ def render(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, or render."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, RESULTS)
     parser.add_argument("--quick", action="store_true", help="everything small and few samples: a test, not a measurement")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="file of results [benchmarks/results/adapters.json]")
-    parser.add_argument("--markdown", type=Path, help="render the file of results into this document and measure nothing")
     options = parser.parse_args()
     if options.markdown:
-        results = json.loads(options.output.read_text(encoding="utf-8"))
-        text = options.markdown.read_text(encoding="utf-8")
-        options.markdown.write_text(between_markers(text, "adapters", render(results)), encoding="utf-8")
+        put_into(options.markdown, "adapters", render(read_json(options.output)))
         return
     if options.quick and options.output == RESULTS:
         parser.error("--quick measures nothing worth keeping: give another --output than the file of results")
@@ -371,7 +366,7 @@ def main() -> None:
     bench = Bench(options.quick)
     sections: dict[str, Any] = {}
     if options.only and options.output.is_file():
-        sections = json.loads(options.output.read_text(encoding="utf-8"))["sections"]
+        sections = read_json(options.output)["sections"]
     for name in options.only or SECTIONS:
         start = time.perf_counter()
         sections[name] = SECTIONS[name](bench)

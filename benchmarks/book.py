@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import math
 import os
 import random
@@ -34,7 +33,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import torch.nn.functional as F
-from harness import about, between_markers, table, write_json
+from harness import about, parser_of, put_into, read_json, table, write_json
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
@@ -354,25 +353,22 @@ def shown(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, renders=False)
     parser.add_argument("--data", type=Path, help="the SMS Spam Collection as a CSV with the columns text and label")
     parser.add_argument("--tokenizer", type=Path, help="folder of GPT-2's tokenizer")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="of theirs that are timed in a round")
     parser.add_argument("--seed", type=int, default=123)
     parser.add_argument("--whole", action="store_true", help="run theirs once in full")
-    parser.add_argument("--markdown", type=Path, help="write the figures into this file")
     args = parser.parse_args()
     if args.data:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         with tempfile.TemporaryDirectory() as work:
             result = {"about": about(PACKAGES, torch.get_num_threads()), **measured(args, Path(work))}
         write_json(RESULT, result)
-    result = json.loads(RESULT.read_text(encoding="utf-8"))
+    result = read_json(RESULT)
     print(shown(result))
-    if args.markdown:
-        text = args.markdown.read_text(encoding="utf-8")
-        args.markdown.write_text(between_markers(text, "book", shown(result)), encoding="utf-8")
+    put_into(args.markdown, "book", shown(result))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ keep the numbers they have), `--quick` runs everything small, to see that it wor
 
 from __future__ import annotations
 
-import argparse
 import copy
 import gc
 import itertools
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from harness import Contestant, Timing, about, alternate, between_markers, geometric_mean, table, write_json
+from harness import Contestant, Timing, about, alternate, geometric_mean, parser_of, put_into, read_json, table, write_json
 
 RESULTS = Path(__file__).parent / "results" / "core.json"
 FASTER, LEANER = 0.5, 0.7  # targets: share of PEFT's time, share of PEFT's overhead
@@ -456,18 +455,14 @@ def _overhead_table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measure, or render."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, RESULTS)
     parser.add_argument("--quick", action="store_true", help="everything small and few samples: a test, not a measurement")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="file of results [benchmarks/results/core.json]")
-    parser.add_argument("--markdown", type=Path, help="render the file of results into this document and measure nothing")
     parser.add_argument("--short", action="store_true", help="with --markdown: the few lines of the README")
     options = parser.parse_args()
     if options.markdown:
-        results = json.loads(options.output.read_text(encoding="utf-8"))
-        text = options.markdown.read_text(encoding="utf-8")
-        content = render_short(results) if options.short else render(results)
-        options.markdown.write_text(between_markers(text, "core", content), encoding="utf-8")
+        results = read_json(options.output)
+        put_into(options.markdown, "core", render_short(results) if options.short else render(results))
         return
     if options.quick and options.output == RESULTS:
         parser.error("--quick measures nothing worth keeping: give another --output than the file of results")
@@ -475,7 +470,7 @@ def main() -> None:
     bench = Bench(options.quick)
     sections: dict[str, Any] = {}
     if options.only and options.output.is_file():
-        sections = json.loads(options.output.read_text(encoding="utf-8"))["sections"]
+        sections = read_json(options.output)["sections"]
     for name in options.only or SECTIONS:
         start = time.perf_counter()
         sections[name] = SECTIONS[name](bench)

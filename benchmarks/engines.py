@@ -8,7 +8,6 @@ with `--resume`. Without `--data` rows are made up. DeepSpeed's engines offload 
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import os
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from harness import about, between_markers, table, write_json
+from harness import about, parser_of, put_into, read_json, table, write_json
 from safetensors.torch import load_file
 
 ENGINES = {"ddp": [], "fsdp2": [], "zero2": ["distributed.offload=true"], "zero3": ["distributed.offload=true"]}
@@ -120,15 +119,14 @@ def losses_apart(a: Path, b: Path) -> float:
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_of(__doc__, renders=False)
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--rows", type=int, default=240)
-    parser.add_argument("--markdown", type=Path)
     parser.add_argument("--json", type=Path, default=Path(__file__).with_name("results") / "engines.json")
     parser.add_argument("--engines", nargs="*", default=list(ENGINES), help="the others are taken from the last results")
     options = parser.parse_args()
-    results: dict[str, Any] = json.loads(options.json.read_text())["engines"] if options.json.is_file() else {}
+    results: dict[str, Any] = read_json(options.json)["engines"] if options.json.is_file() else {}
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         data = options.data or rows_made_up(folder / "rows.csv", options.rows)
@@ -172,9 +170,7 @@ def main() -> None:
     )
     write_json(options.json, {"about": machine, "one": {"seconds": seconds, "memory": memory}, "engines": results})
     print(text)
-    if options.markdown:
-        written = between_markers(options.markdown.read_text(encoding="utf-8"), "engines", text)
-        options.markdown.write_text(written, encoding="utf-8")
+    put_into(options.markdown, "engines", text)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What each format of `afina export` costs and gains: the spam classifier on a CPU.
 
-    OMP_NUM_THREADS=1 python benchmarks/export.py --data ../shared/data/sms_spam/sms_spam.csv
+    OMP_NUM_THREADS=1 python benchmarks/export.py --data sms_spam.csv
     python benchmarks/export.py --markdown docs/export.md      render what was measured last
 
 The first trains MiniLM by examples/sms_spam.yaml (or takes a finished run, --run) and writes benchmarks/results/export.json:
@@ -10,7 +10,6 @@ validation and test rows.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from harness import about, between_markers, table, write_json
+from harness import about, parser_of, put_into, read_json, table, write_json
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "export.json"
@@ -113,16 +112,13 @@ def _met(yes: bool) -> str:
 
 def main() -> None:
     """Measure, or render."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--data", help="the SMS Spam Collection as CSV")
     parser.add_argument("--run", type=Path, help="a finished run, instead of training one")
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--markdown", type=Path, help="file with the markers between which the results go")
     options = parser.parse_args()
     if options.markdown:
-        results = json.loads(RESULTS.read_text(encoding="utf-8"))
-        text = options.markdown.read_text(encoding="utf-8")
-        options.markdown.write_text(between_markers(text, "export", rendered(results)), encoding="utf-8")
+        put_into(options.markdown, "export", rendered(read_json(RESULTS)))
         return
     if not options.data and not options.run:
         parser.error("--data or --run is needed")

@@ -1,6 +1,6 @@
 """Adapters beside full fine-tuning where rows are few: 16, 64 and 256 rows a class, on two data sets.
 
-    python benchmarks/few_rows.py --sms ../shared/data/sms_spam/sms_spam.csv --clinc ../shared/data/clinc150_imbalanced
+    python benchmarks/few_rows.py --sms sms_spam.csv --clinc clinc150_imbalanced
     python benchmarks/few_rows.py --markdown docs/benchmarks.md      render what was measured last
 
 The first writes benchmarks/results/few_rows.json, row by row, and measures nothing that is there (`--again` does).
@@ -14,7 +14,6 @@ learning rate was chosen with rows beyond the few. Steps are few, to bound the w
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import random
@@ -27,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from classifier import adapted, full, mean_and_spread, prepared, quiet
-from harness import about, between_markers, table, write_json
+from harness import about, parser_of, put_into, read_json, table, write_json
 
 RESULTS = Path(__file__).parent / "results" / "few_rows.json"
 PACKAGES = ("afina", "torch", "transformers", "accelerate")
@@ -219,7 +218,7 @@ def _chosen(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def main() -> None:
     """Measure, or render what was measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, RESULTS)
     parser.add_argument("--sms", type=Path, help="sms_spam.csv")
     parser.add_argument("--clinc", type=Path, help="folder with train.csv, val.csv and test.csv")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=["lora", "full"])
@@ -227,13 +226,9 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), help="rows a class")
     parser.add_argument("--choose", action="store_true", help="compare learning rates on the validation rows")
     parser.add_argument("--again", action="store_true", help="measure what the file of results has, too")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--markdown", type=Path, help="render the file of results into this document and measure nothing")
     options = parser.parse_args()
     if options.markdown:
-        text = options.markdown.read_text(encoding="utf-8")
-        content = render(json.loads(options.output.read_text(encoding="utf-8")))
-        options.markdown.write_text(between_markers(text, "few_rows", content), encoding="utf-8")
+        put_into(options.markdown, "few_rows", render(read_json(options.output)))
         return
     if options.sms is None and options.clinc is None:
         parser.error("--sms FILE or --clinc FOLDER, or both: see above")
@@ -245,7 +240,7 @@ def main() -> None:
         sides["clinc150_imbalanced"] = sides_of_clinc(options.clinc)
     results: dict[str, Any] = {}
     if options.output.is_file() and not options.again:
-        results = json.loads(options.output.read_text(encoding="utf-8"))
+        results = read_json(options.output)
     results["about"] = about(PACKAGES, 1)
     measure(sides, options.ways, options.seeds, options.output, results, choose=options.choose, sizes=options.sizes)
 

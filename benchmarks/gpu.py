@@ -13,10 +13,8 @@ reserved on the card above what was there before the model, after each step on a
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import gc
-import json
 import math
 import random
 import statistics
@@ -27,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import about, between_markers, table, write_json
+from harness import about, parser_of, put_into, read_json, table, write_json
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -236,12 +234,11 @@ def shown(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, renders=False)
     parser.add_argument("--tiny", action="store_true", help="a small model, wherever; nothing is written")
     parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--show", action="store_true", help="render what was measured last")
-    parser.add_argument("--markdown", type=Path, help="write the figures into this file")
     args = parser.parse_args()
     if not args.show:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -263,11 +260,9 @@ def main() -> None:
             print(shown(result))
             return
         write_json(RESULT, result)
-    result = json.loads(RESULT.read_text(encoding="utf-8"))
+    result = read_json(RESULT)
     print(shown(result))
-    if args.markdown:
-        text = args.markdown.read_text(encoding="utf-8")
-        args.markdown.write_text(between_markers(text, "gpu", shown(result)), encoding="utf-8")
+    put_into(args.markdown, "gpu", shown(result))
 
 
 if __name__ == "__main__":

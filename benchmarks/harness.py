@@ -7,6 +7,7 @@ times mean little.
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import gc
 import json
@@ -21,7 +22,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Contestant", "Timing", "about", "alternate", "between_markers", "geometric_mean", "table", "write_json"]
+__all__ = [
+    "Contestant",
+    "Timing",
+    "about",
+    "alternate",
+    "between_markers",
+    "geometric_mean",
+    "parser_of",
+    "put_into",
+    "read_json",
+    "table",
+    "write_json",
+]
 
 
 @dataclass
@@ -103,6 +116,23 @@ def _cpu_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
+def parser_of(doc: str | None, results: Path | None = None, *, renders: bool = True) -> argparse.ArgumentParser:
+    """What every script is asked with: its docstring as help, `--markdown`, and `--output` where there may be another file
+    of results than `results`. `renders`: with `--markdown` nothing is measured."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if results is not None:
+        shown = f"benchmarks/results/{results.name}"
+        parser.add_argument("--output", type=Path, metavar="FILE", default=results, help=f"of results [{shown}]")
+    said = "render the file of results into this document and measure nothing" if renders else "put the figures in here"
+    parser.add_argument("--markdown", type=Path, metavar="DOCUMENT", help=said)
+    return parser
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` has written."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write results in a form that is easy to compare between versions."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,3 +152,10 @@ def between_markers(text: str, name: str, content: str) -> str:
         raise SystemExit(f"the file needs the lines {begin} and {end}, between which the tables go")
     head, rest = text.split(begin, 1)
     return f"{head}{begin}\n{content.strip()}\n{end}{rest.split(end, 1)[1]}"
+
+
+def put_into(document: Path | None, name: str, content: str) -> None:
+    """Put `content` between the markers `name` of a document, where one is given."""
+    if document is not None:
+        text = document.read_text(encoding="utf-8")
+        document.write_text(between_markers(text, name, content), encoding="utf-8")

@@ -1,6 +1,6 @@
 """Apple, cherry or tomato: MobileNetV2 with adapters, beside a linear probe and PEFT with a plain loop.
 
-    python benchmarks/images.py --data ../shared/data/images_fruits360 --model ../shared/data/models/mobilenet_v2_1.0_224
+    python benchmarks/images.py --data images_fruits360 --model mobilenet_v2_1.0_224
     python benchmarks/images.py --markdown docs/benchmarks.md      render what was measured last
 
 The first writes benchmarks/results/images.json. The folder has train/CLASS and test/CLASS; the varieties of fruit in test
@@ -9,7 +9,6 @@ are none of those in train. A way and seed that the file of results has is not m
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from classifier import Clock, quiet
-from harness import about, between_markers, table, write_json
+from harness import about, parser_of, put_into, read_json, table, write_json
 
 RESULTS = Path(__file__).parent / "results" / "images.json"
 PACKAGES = ("afina", "peft", "pillow", "torch", "transformers")
@@ -137,26 +136,22 @@ def render(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, or render what was measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, RESULTS)
     parser.add_argument("--data", type=Path, help="folder images_fruits360")
     parser.add_argument("--model", type=Path, help="folder mobilenet_v2_1.0_224")
     parser.add_argument("--ways", nargs="+", choices=[*WAYS, "peft"], default=[*WAYS, "peft"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--again", action="store_true", help="measure what the file of results has, too")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--markdown", type=Path, help="render the file of results into this document and measure nothing")
     options = parser.parse_args()
     if options.markdown:
-        text = options.markdown.read_text(encoding="utf-8")
-        content = render(json.loads(options.output.read_text(encoding="utf-8")))
-        options.markdown.write_text(between_markers(text, "images", content), encoding="utf-8")
+        put_into(options.markdown, "images", render(read_json(options.output)))
         return
     for name in ("data", "model"):
         if getattr(options, name) is None or not getattr(options, name).is_dir():
             parser.error(f"--{name}: the folder {'images_fruits360' if name == 'data' else 'mobilenet_v2_1.0_224'}")
     results: dict[str, Any] = {"rows": []}
     if options.output.is_file() and not options.again:
-        results = json.loads(options.output.read_text(encoding="utf-8"))
+        results = read_json(options.output)
     results["about"] = about(PACKAGES, 1)
     quiet()
     for way in options.ways:

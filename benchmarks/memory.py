@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import about, between_markers, table, write_json
+from harness import about, parser_of, put_into, read_json, table, write_json
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
 TARGET = 0.7
@@ -276,12 +276,11 @@ def line(name: str, kind: str, entry: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rewrite", choices=("yes", "no"), default="yes", help=f"whether {RESULTS.name} is written")
-    parser.add_argument("--markdown", type=Path, help="write the table of the last results into this file")
     parser.add_argument("--one", nargs=4, metavar=("SIDE", "MODEL", "KIND", "FOLDER"), help=argparse.SUPPRESS)
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="write the checkpoints there, and measure nothing")
     parser.add_argument("--models", type=Path, metavar="FOLDER", help="where --write has put them; else they are made anew")
@@ -292,14 +291,12 @@ def main() -> None:
     elif asked.write:
         write_models(asked.only, asked.write)
     elif asked.markdown:
-        text = asked.markdown.read_text(encoding="utf-8")
         shown = summary if asked.markdown.name == "README.md" else markdown
-        made_table = shown(json.loads(RESULTS.read_text(encoding="utf-8")))
-        asked.markdown.write_text(between_markers(text, "memory", made_table), encoding="utf-8")
+        put_into(asked.markdown, "memory", shown(read_json(RESULTS)))
     else:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         packages = ("afina", "torch", "transformers", "peft", "bitsandbytes")
-        kept = json.loads(RESULTS.read_text(encoding="utf-8"))["results"] if RESULTS.is_file() else {}
+        kept = read_json(RESULTS)["results"] if RESULTS.is_file() else {}
         for setting, entry in measure(asked.only, asked.kinds, asked.repeats, asked.models):
             kept[setting] = entry
             if asked.rewrite == "yes":

@@ -19,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from harness import parser_of, put_into
+
 # Where tables are large they are tied to the head, which reads them whole: of a table in a mapped file only the rows that
 # are looked up ever come into memory.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -137,9 +139,8 @@ def planned_and_measured(path: Path) -> dict:
 
 def main() -> None:
     """Run every setting, or those that are named, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__.splitlines()[0], renders=False)
     parser.add_argument("names", nargs="*", help=f"of: {', '.join(SETTINGS)}")
-    parser.add_argument("--markdown", type=Path, help="a document with the marker <!-- memory_plan --> to write into")
     parser.add_argument("--prepare", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -182,10 +183,7 @@ def _write(document: Path, found: dict[str, dict]) -> None:
     ratios = [one["planned"] / one["measured"] for one in found.values()]
     lines += ["", f"{len(found)} settings, ratios from {min(ratios):.2f} to {max(ratios):.2f}. {platform.machine()}, "
               f"{platform.system()}, one thread, {versions}."]  # fmt: skip
-    text = document.read_text(encoding="utf-8")
-    begin, end = "<!-- memory_plan -->", "<!-- /memory_plan -->"
-    head, _, rest = text.partition(begin)
-    document.write_text(f"{head}{begin}\n" + "\n".join(lines) + f"\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+    put_into(document, "memory_plan", "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,8 @@ compared: both sides hold the same parameters and must compute the same.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import gc
-import json
 import logging
 import os
 import sys
@@ -26,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from harness import Contestant, about, alternate, between_markers, geometric_mean, table, write_json
+from harness import Contestant, about, alternate, geometric_mean, parser_of, put_into, read_json, table, write_json
 
 RESULTS = Path(__file__).parent / "results" / "methods.json"
 PACKAGES = ("afina", "peft", "torch", "transformers")
@@ -348,16 +346,12 @@ def render(results: dict[str, Any]) -> str:
 def main() -> None:
     """Measure, or render."""
     names = sorted({case.method for case in CASES})
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, RESULTS)
     parser.add_argument("--quick", action="store_true", help="everything small and few samples: a test, not a measurement")
     parser.add_argument("--only", nargs="+", choices=names, metavar="METHOD", help=f"of {', '.join(names)}")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="file of results [benchmarks/results/methods.json]")
-    parser.add_argument("--markdown", type=Path, help="render the file of results into this document and measure nothing")
     options = parser.parse_args()
     if options.markdown:
-        results = json.loads(options.output.read_text(encoding="utf-8"))
-        text = options.markdown.read_text(encoding="utf-8")
-        options.markdown.write_text(between_markers(text, "methods", render(results)), encoding="utf-8")
+        put_into(options.markdown, "methods", render(read_json(options.output)))
         return
     if (options.quick or options.only) and options.output == RESULTS:
         parser.error("--quick and --only measure a part: give another --output than the file of results")

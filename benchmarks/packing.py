@@ -1,6 +1,6 @@
 """Padding: how much of it like lengths together leave, and whether packing rows without any is faster than that.
 
-    OMP_NUM_THREADS=1 python benchmarks/packing.py --data ../shared/data
+    OMP_NUM_THREADS=1 python benchmarks/packing.py --data FOLDER
     python benchmarks/packing.py --markdown docs/benchmarks.md      render what was measured last
 
 The first table counts padding tokens of batches of 16 rows, for messages and for instructions with their answers. The second
@@ -17,10 +17,8 @@ Models have random weights. The most that packing could gain over ours is ours' 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
-import json
 import random
 import sys
 import tempfile
@@ -29,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from harness import Contestant, about, alternate, between_markers, table, write_json
+from harness import Contestant, about, alternate, parser_of, put_into, read_json, table, write_json
 
 RESULTS = Path(__file__).parent / "results" / "packing.json"
 PACKAGES = ("afina", "torch", "transformers")
@@ -174,20 +172,17 @@ def render(found: dict[str, Any]) -> str:
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, renders=False)
     parser.add_argument("--data", type=Path, help="folder with sms_spam, instructions and tokenizers")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--markdown", type=Path, help="put the tables into this file")
     asked = parser.parse_args()
     if asked.data is not None:
         write_json(RESULTS, measure(asked.data, asked.rounds))
     elif asked.markdown is None:
         parser.error("--data: a folder with sms_spam, instructions and tokenizers")
-    text = render(json.loads(RESULTS.read_text()))
+    text = render(read_json(RESULTS))
     print(text)
-    if asked.markdown is not None:
-        made = between_markers(asked.markdown.read_text(encoding="utf-8"), "packing", text)
-        asked.markdown.write_text(made, encoding="utf-8")
+    put_into(asked.markdown, "packing", text)
 
 
 if __name__ == "__main__":

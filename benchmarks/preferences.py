@@ -1,7 +1,6 @@
 """Rankers, DPO, KTO, ORPO and GRPO on a small model: what they learn, and what they hold in memory.
 
-    python benchmarks/preferences.py --pairs ../shared/data/preference/rasbt_preference.jsonl \
-        --model ../shared/data/models/stories260K-llama
+    python benchmarks/preferences.py --pairs pairs.jsonl --model FOLDER
     python benchmarks/preferences.py --markdown docs/preferences.md      render what was measured last
 
 The first writes benchmarks/results/preferences.json. `--pairs` holds prompt, chosen and rejected; `--model` is a small
@@ -12,7 +11,6 @@ their storages, beside the bytes of one base: the rest is adapter, gradients and
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import sys
@@ -22,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from harness import about, between_markers, table, write_json
+from harness import about, parser_of, put_into, read_json, table, write_json
 
 RESULTS = Path(__file__).parent / "results" / "preferences.json"
 PACKAGES = ("afina", "torch", "transformers", "accelerate")
@@ -135,18 +133,17 @@ def rendered(content: dict[str, Any]) -> str:
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, renders=False)
     parser.add_argument("--pairs", type=Path)
     parser.add_argument("--model")
     parser.add_argument("--word", default="dog")
     parser.add_argument("--tasks", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--markdown", type=Path)
     asked = parser.parse_args()
     if asked.pairs and asked.model:
         import torch
 
         torch.set_num_threads(1)
-        content: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {"runs": {}}
+        content: dict[str, Any] = read_json(RESULTS) if RESULTS.is_file() else {"runs": {}}
         content |= {"about": about(PACKAGES, 1), "model": Path(asked.model).name, "word": asked.word}
         with tempfile.TemporaryDirectory() as folder:
             for task in asked.tasks:
@@ -157,9 +154,8 @@ def main() -> None:
     elif not asked.markdown:
         parser.error("--pairs and --model, or --markdown")
     if asked.markdown:
-        content = json.loads(RESULTS.read_text(encoding="utf-8"))
-        text = asked.markdown.read_text(encoding="utf-8")
-        asked.markdown.write_text(between_markers(text, "preferences", rendered(content)), encoding="utf-8")
+        content = read_json(RESULTS)
+        put_into(asked.markdown, "preferences", rendered(content))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What each storage of a frozen base costs and loses, on a CPU.
 
-    OMP_NUM_THREADS=1 python benchmarks/quantised.py --data ../shared/data
+    OMP_NUM_THREADS=1 python benchmarks/quantised.py --data FOLDER
     python benchmarks/quantised.py --markdown docs/quantised.md      render what was measured last
 
 For MiniLM (22 M parameters) and a Llama of 260,000 parameters that was trained on stories: bytes held, the most that was
@@ -11,16 +11,14 @@ away.
 
 from __future__ import annotations
 
-import argparse
 import csv
-import json
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from harness import about, between_markers, table, write_json
+from harness import about, parser_of, put_into, read_json, table, write_json
 
 RESULTS = Path(__file__).parent / "results" / "quantised.json"
 PACKAGES = ("afina", "torch", "transformers", "bitsandbytes", "torchao")
@@ -127,16 +125,13 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, renders=False)
     parser.add_argument("--data", type=Path, help="the folder with sms_spam and models")
-    parser.add_argument("--markdown", type=Path, help="put the tables into this file")
     given = parser.parse_args()
     if given.data:
         write_json(RESULTS, measure(given.data))
     if given.markdown:
-        content = markdown(json.loads(RESULTS.read_text(encoding="utf-8")))
-        text = between_markers(given.markdown.read_text(encoding="utf-8"), "quantised", content)
-        given.markdown.write_text(text, encoding="utf-8")
+        put_into(given.markdown, "quantised", markdown(read_json(RESULTS)))
 
 
 if __name__ == "__main__":

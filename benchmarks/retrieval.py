@@ -10,7 +10,6 @@ a question's context and those of its side that share the most words with it.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -22,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from classifier import Clock, quiet
-from harness import about, between_markers, table, write_json
+from harness import about, parser_of, put_into, read_json, table, write_json
 
 RESULTS = Path(__file__).parent / "results" / "retrieval.json"
 PACKAGES = ("afina", "torch", "transformers")
@@ -109,15 +108,11 @@ def _between(figures: dict[str, Any], key: str) -> str:
 
 def main() -> None:
     """Measure, or render what was measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, RESULTS)
     parser.add_argument("--questions", type=Path)
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--markdown", type=Path, help="render the file of results into this document and measure nothing")
     options = parser.parse_args()
     if options.markdown:
-        text = options.markdown.read_text(encoding="utf-8")
-        content = render(json.loads(options.output.read_text(encoding="utf-8")))
-        options.markdown.write_text(between_markers(text, "retrieval", content), encoding="utf-8")
+        put_into(options.markdown, "retrieval", render(read_json(options.output)))
         return
     if options.questions is None or not options.questions.is_file():
         parser.error("--questions: the file of XQuAD's questions")

@@ -28,7 +28,7 @@ from typing import Any
 
 import httpx
 import psutil
-from harness import about, between_markers, table, write_json
+from harness import about, parser_of, put_into, read_json, table, write_json
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 LLAMA = DATA / "models" / "stories260K-llama"
@@ -269,7 +269,7 @@ def measured(args: argparse.Namespace, folder: Path) -> list[Load]:
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__.splitlines()[0], renders=False)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--chats", type=int, default=10_000)
     parser.add_argument("--clients", type=int, default=200)
@@ -277,14 +277,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of the server")
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--loads", nargs="+", choices=("classify", "chat"), default=["classify", "chat"])
-    parser.add_argument("--markdown", type=Path, help="document to write the table into, between its markers")
     parser.add_argument("--json", type=Path, help="file to write the figures into")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = measured(args, Path(folder))
     rows = [one.row() for one in found]
     if args.json and args.json.is_file():  # loads that are not measured now stay as they were
-        rows += [row for row in json.loads(args.json.read_text())["loads"] if row["load"] not in args.loads]
+        rows += [row for row in read_json(args.json)["loads"] if row["load"] not in args.loads]
     rows.sort(key=lambda row: str(row["load"]), reverse=True)
     shown = table(list(rows[0]), [list(row.values()) for row in rows])
     where = about(("torch", "transformers", "fastapi", "uvicorn"), args.threads)
@@ -295,8 +294,7 @@ def main() -> None:
         versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
         machine = f"{where['cpu']}, {args.threads} thread of {where['cores']} cores for the server, which the clients share"
         text = f"{shown}\n\n{where['date']}: {machine}; Python {where['python']}, {versions}."
-        document = args.markdown.read_text(encoding="utf-8")
-        args.markdown.write_text(between_markers(document, "serving", text), encoding="utf-8")
+        put_into(args.markdown, "serving", text)
 
 
 if __name__ == "__main__":

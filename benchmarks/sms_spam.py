@@ -1,6 +1,6 @@
 """Spam or not: MiniLM with LoRA by afina's defaults, beside full fine-tuning and PEFT with transformers' Trainer.
 
-    python benchmarks/sms_spam.py --data ../shared/data/sms_spam/sms_spam.csv
+    python benchmarks/sms_spam.py --data sms_spam.csv
     python benchmarks/sms_spam.py --markdown docs/benchmarks.md      render what was measured last
 
 The first writes benchmarks/results/sms_spam.json. The file is the SMS Spam Collection (5,574 rows with the columns text and
@@ -10,7 +10,6 @@ has is not measured again; `--again` does.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from classifier import Clock, adapted, figures, full, labelled, mean_and_spread, prepared, quiet, stored
-from harness import about, between_markers, table, write_json
+from harness import about, parser_of, put_into, read_json, table, write_json
 
 RESULTS = Path(__file__).parent / "results" / "sms_spam.json"
 PACKAGES = ("afina", "peft", "torch", "transformers", "accelerate")
@@ -157,24 +156,20 @@ def render(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, or render what was measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, RESULTS)
     parser.add_argument("--data", type=Path, help="sms_spam.csv")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--again", action="store_true", help="measure what the file of results has, too")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--markdown", type=Path, help="render the file of results into this document and measure nothing")
     options = parser.parse_args()
     if options.markdown:
-        text = options.markdown.read_text(encoding="utf-8")
-        content = render(json.loads(options.output.read_text(encoding="utf-8")))
-        options.markdown.write_text(between_markers(text, "sms_spam", content), encoding="utf-8")
+        put_into(options.markdown, "sms_spam", render(read_json(options.output)))
         return
     if options.data is None or not options.data.is_file():
         parser.error("--data: the file sms_spam.csv of the SMS Spam Collection")
     results: dict[str, Any] = {"rows": []}
     if options.output.is_file() and not options.again:
-        results = json.loads(options.output.read_text(encoding="utf-8"))
+        results = read_json(options.output)
     results["about"] = about(PACKAGES, 1)
     quiet()
     measure(options.data, options.ways, options.seeds, results, lambda: write_json(options.output, results))

@@ -1,9 +1,9 @@
 """Speed of training: LoRA by afina's loop beside PEFT with transformers' Trainer, and beside full fine-tuning.
 
-    OMP_NUM_THREADS=1 python benchmarks/speed.py --data ../shared/data
-    OMP_NUM_THREADS=1 python benchmarks/speed.py --data ../shared/data --only minilm --rounds 3
+    OMP_NUM_THREADS=1 python benchmarks/speed.py --data FOLDER
+    OMP_NUM_THREADS=1 python benchmarks/speed.py --data FOLDER --only minilm --rounds 3
     python benchmarks/speed.py --markdown docs/benchmarks.md      render what was measured last
-    python benchmarks/speed.py --data ../shared/data --all        the other measures of speed as well, one after the other
+    python benchmarks/speed.py --data FOLDER --all        the other measures of speed as well, one after the other
 
 Four jobs, true architectures on real texts: MiniLM (trained weights) and GPT-2 small on SMS spam, BERT-base on 150 intents,
 T5-small on summaries of one sentence (random weights). Each is trained in four ways on the same rows, batch 16, in one
@@ -22,7 +22,6 @@ batch, measured in the same run.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import io
@@ -39,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from harness import Timing, about, between_markers, table, write_json
+from harness import Timing, about, parser_of, put_into, read_json, table, write_json
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
 PACKAGES = ("afina", "peft", "torch", "transformers", "accelerate")
@@ -440,19 +439,15 @@ def render(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, or render what was measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, RESULTS)
     parser.add_argument("--data", type=Path, help="the folder of real texts and tokenizers")
     parser.add_argument("--only", nargs="+", choices=list(JOBS), default=list(JOBS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--all", action="store_true", help="run the other measures of speed, too")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--markdown", type=Path, help="render the file of results into this document and measure nothing")
     options = parser.parse_args()
     if options.markdown:
-        text = options.markdown.read_text(encoding="utf-8")
-        content = render(json.loads(options.output.read_text(encoding="utf-8")))
-        options.markdown.write_text(between_markers(text, "speed", content), encoding="utf-8")
+        put_into(options.markdown, "speed", render(read_json(options.output)))
         return
     if options.data is None or not options.data.is_dir():
         parser.error("--data: the folder of real texts (see the beginning of this file)")
@@ -461,7 +456,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     results: dict[str, Any] = {"rows": {}}
     if options.output.is_file():
-        results = json.loads(options.output.read_text(encoding="utf-8"))
+        results = read_json(options.output)
     results["about"] = about(PACKAGES, options.threads)
     with silence():
         for name in options.only:

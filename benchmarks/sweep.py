@@ -12,8 +12,6 @@ Writes benchmarks/results/sweep.json.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import resource
 import statistics
@@ -25,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from harness import about, between_markers, table, write_json
+from harness import about, parser_of, put_into, read_json, table, write_json
 
 from afina.report.words import counted
 
@@ -127,19 +125,16 @@ def rendered(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, or render what was measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--data", type=Path, help="CSV file with the columns text and label")
     parser.add_argument("--tokenizer", type=Path, help="folder of GPT-2's tokenizer")
     parser.add_argument("--model", default="minilm", help="the first base")
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--methods", nargs="+", default=list(TARGETS), choices=list(TARGETS))
-    parser.add_argument("--markdown", type=Path, help="put the table between the markers of this file")
     options = parser.parse_args()
     if options.markdown:
-        text = options.markdown.read_text(encoding="utf-8")
-        made = rendered(json.loads(RESULTS.read_text(encoding="utf-8")))
-        options.markdown.write_text(between_markers(text, "sweep", made), encoding="utf-8")
+        put_into(options.markdown, "sweep", rendered(read_json(RESULTS)))
         return
     if options.data is None:
         parser.error("--data is missing: the SMS Spam Collection as a CSV file")

@@ -10,7 +10,6 @@ ends with code 77.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -26,7 +25,7 @@ from typing import Any
 
 import psutil
 from engines import adapters_apart, losses_apart, rows_made_up, steps, without_dropout
-from harness import about, between_markers, write_json
+from harness import about, parser_of, put_into, write_json
 
 SKIPPED = 77
 NAMES, ADDRESSES, PORT = ("afina-a", "afina-b"), ("10.77.0.1", "10.77.0.2"), 29512
@@ -98,11 +97,10 @@ def lost_in_the_middle(words: list[str], output: Path, step: int, folder: Path) 
 
 def main() -> None:
     """Rehearse and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_of(__doc__, renders=False)
     parser.add_argument("--engine", default="fsdp2")
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--rows", type=int, default=240)
-    parser.add_argument("--markdown", type=Path)
     parser.add_argument("--json", type=Path, default=Path(__file__).with_name("results") / "two_nodes.json")
     options = parser.parse_args()
     with two_networks(), tempfile.TemporaryDirectory() as made:
@@ -136,9 +134,7 @@ def main() -> None:
         f"{machine['date']})"
     )
     print(text)
-    if options.markdown:
-        written = between_markers(options.markdown.read_text(encoding="utf-8"), "nodes", text)
-        options.markdown.write_text(written, encoding="utf-8")
+    put_into(options.markdown, "nodes", text)
 
 
 if __name__ == "__main__":
