@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from afina.core.codecs import logical_numel
+from afina.core.codecs import counted
 from afina.core.combine import combine
 from afina.core.config import AdapterConfig, PromptConfig, changed
 from afina.core.dequantise import dequantised
@@ -207,10 +207,9 @@ class PeftModel(AdapterFolders):
         return self.adapters.active[0]
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Numbers of trainable and of all parameters; a packed 4-bit weight counts the values it stands for."""
+        """Numbers of trainable and of all parameters; a packed weight counts the values it stands for."""
         trainable = total = 0
-        for parameter in self.parameters():
-            count = logical_numel(parameter)
+        for parameter, count in counted(self):
             total += count
             trainable += count if parameter.requires_grad else 0
         return trainable, total

@@ -169,6 +169,15 @@ def test_adapters_train_on_it_and_the_gradients_are_right(pair):
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(*grads, strict=True))
 
 
+def test_it_has_the_parameters_of_the_checkpoint_it_was_made_from(pair):
+    plain, packed, kind = pair
+    settings = LoraConfig(r=3, target_modules="all-linear")
+    one = get_peft_model(Storage(kind).load(tf.AutoModelForCausalLM, str(packed))[0], settings)
+    other = get_peft_model(tf.AutoModelForCausalLM.from_pretrained(plain), settings)
+    assert one.get_nb_trainable_parameters() == other.get_nb_trainable_parameters()
+    assert one.adapter_report() == other.adapter_report()
+
+
 def test_merging_writes_groups_and_comes_off_exactly(pair):
     _, packed, kind = pair
     model, _ = Storage(kind).load(tf.AutoModelForCausalLM, str(packed))

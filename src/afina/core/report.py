@@ -27,9 +27,11 @@ def table(adapters: AdapterSet) -> str:
             if parameter is not None and (id(parameter) not in places or places[id(parameter)][2] == "frozen"):
                 there, state = id(parameter) in places, _state(adapters, path, name)
                 if not there or state != "frozen":
-                    places[id(parameter)] = (path, name, state, logical_numel(parameter))
+                    places[id(parameter)] = (path, name, state, logical_numel(module, name))
     lines: dict[tuple[str, str], tuple[set[str], list[int]]] = {}
     for path, name, state, size in places.values():
+        if not size:  # scales and zeros of the weight beside them
+            continue
         pattern = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path)
         label = pattern if path and name in ("weight", "bias") else f"{pattern}.{name}".lstrip(".")
         modules, sizes = lines.setdefault((label, state), (set(), []))

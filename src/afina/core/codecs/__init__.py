@@ -16,11 +16,11 @@ from torch import nn
 from afina.core.codecs.bitsandbytes import BitsAndBytes4Bit, BitsAndBytesInt8
 from afina.core.codecs.codec import WeightCodec
 from afina.core.codecs.outline import Outlined
-from afina.core.codecs.packed import Grouped
+from afina.core.codecs.packed import Grouped, PackedLinear
 from afina.core.codecs.plain import Opaque, Plain
 from afina.core.codecs.torchao import TorchAOInt8
 
-__all__ = ["CODECS", "WeightCodec", "codec_of", "logical_numel", "restore", "snapshot", "stored_bytes"]
+__all__ = ["CODECS", "WeightCodec", "codec_of", "counted", "logical_numel", "restore", "snapshot", "stored_bytes"]
 
 _KNOWN: tuple[WeightCodec, ...] = (BitsAndBytesInt8(), BitsAndBytes4Bit(), TorchAOInt8(), Grouped(), Plain())
 CODECS: tuple[WeightCodec, ...] = (*_KNOWN, Outlined(), Opaque(_KNOWN))
@@ -31,10 +31,24 @@ def codec_of(layer: nn.Module) -> WeightCodec:
     return next(codec for codec in CODECS if codec.matches(layer))
 
 
-def logical_numel(parameter: torch.Tensor) -> int:
-    """How many values a stored parameter stands for: a packed 4-bit weight holds more than it has elements."""
+def logical_numel(module: nn.Module, name: str) -> int:
+    """How many values the parameter `name` of `module` stands for: packed integers for more than there are of them, the
+    scales and zeros beside them for none."""
+    parameter: Any = module._parameters[name]
+    if isinstance(module, PackedLinear) and name != "bias":
+        return module.in_features * module.out_features if name == "weight" else 0
     state = getattr(parameter, "quant_state", None)
-    return math.prod(state.shape) if state is not None else parameter.numel()
+    return math.prod(state.shape) if state is not None else int(parameter.numel())
+
+
+def counted(model: nn.Module) -> list[tuple[nn.Parameter, int]]:
+    """Each parameter once, with how many values it stands for."""
+    found: dict[int, tuple[nn.Parameter, int]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in found:
+                found[id(parameter)] = parameter, logical_numel(module, name)
+    return list(found.values())
 
 
 def stored_bytes(model: nn.Module) -> int:
