@@ -10,7 +10,7 @@ import pytest
 from afina.core.registry import methods
 from afina.errors import ConfigError, Problems
 from afina.training.models import find_model
-from afina.training.recipe import Recipe, parse_value, read_recipe
+from afina.training.recipe import DataOptions, Recipe, TrainingOptions, parse_value, read_recipe
 
 NEEDED = {"num_virtual_tokens": 3, "token_indices": [1, 2]}
 
@@ -64,6 +64,19 @@ def test_limits_and_unknown_options_together():
     assert "<training.epochs>=0" in text
     assert "'bf16'" in text
     assert "<method.rnk> is no option of lora. Did you mean" in text
+
+
+def test_what_python_gives_is_read_as_what_a_file_gives():
+    training = TrainingOptions(epochs="many", warmup="0.2")
+    recipe = Recipe(data=DataOptions(label=None, text=7), training=training, memory=None)
+    problems = Problems("recipe")
+    recipe.check(problems)
+    assert problems.found == [
+        "data.label=None: expected text",
+        "training.epochs='many': expected a whole number",
+        "memory=None: expected MemoryOptions(...)",
+    ]
+    assert (recipe.data.text, recipe.training.warmup) == ("7", 0.2)
 
 
 @pytest.mark.parametrize(

@@ -31,25 +31,31 @@ from afina.tasks.task import IGNORED, Batch, Encoded, Feature, Figure
 from afina.tasks.text_metrics import check_libraries, overlap_figures
 from afina.tasks.writing import WritingTask
 
-__all__ = ["CausalLM"]
+__all__ = ["AnswerOptions", "CausalLM"]
 
 _PIECE = 1024  # longest piece of a text where max_length is not said: memory, not the model, sets the limit
 _BESIDE = 4  # of an answer that is too long, one part in so many of the tokens is left to the question
 
 
 @dataclasses.dataclass
-class Options:
-    """What a recipe may say of it."""
+class AnswerOptions:
+    """How prompts are put and answered, in every task whose model answers as this one."""
 
-    train_on: str = option("answers", "tokens that are learned: of the answers, or all", choices=("answers", "all"))
     template: str = option(
-        "own", "how questions are put: by the tokenizer's own chat template, or plain where it has none; plain "
-        "(### Instruction: and ### Response:); bare (the question, a line break, the answer)", choices=("own", *TEMPLATES),
+        "own", "how prompts are put: by the tokenizer's own chat template, or plain where it has none; plain "
+        "(### Instruction: and ### Response:); bare (the prompt, a line break, the answer)", choices=("own", *TEMPLATES),
     )  # fmt: skip
     generate: bool = option(False, "write answers to test rows too and compare them with those expected")
     generate_rows: int = option(200, "test rows that are answered at most, the first of them", low=1)
     max_new_tokens: int = option(128, "tokens of a written answer at most, as far as the model's positions go", low=1)
     num_beams: int = option(1, "answers that are followed at once; 1 takes the likeliest token each time", low=1)
+
+
+@dataclasses.dataclass
+class Options(AnswerOptions):
+    """What a recipe may say of it."""
+
+    train_on: str = option("answers", "tokens that are learned: of the answers, or all", choices=("answers", "all"))
 
 
 class CausalLM(WritingTask):

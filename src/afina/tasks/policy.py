@@ -22,9 +22,8 @@ from afina.core.config import option
 from afina.data.example import Example
 from afina.errors import DataError
 from afina.tasks.batches import pad_right, padded
-from afina.tasks.causal_lm import CausalLM
+from afina.tasks.causal_lm import AnswerOptions, CausalLM
 from afina.tasks.head_loss import divergences, losses_and_hits, target_losses
-from afina.tasks.prompts import TEMPLATES
 from afina.tasks.reference import reference, without_dropout
 from afina.tasks.task import IGNORED, Batch, Encoded, Feature, Rows
 
@@ -32,19 +31,13 @@ __all__ = ["Policy", "PolicyOptions", "Said"]
 
 
 @dataclasses.dataclass
-class PolicyOptions:
+class PolicyOptions(AnswerOptions):
     """What a recipe may say of any policy."""
 
     train_on: ClassVar[str] = "answers"
-    beta: float = option(0.1, "how much it costs to leave the reference; smaller lets the model move further", low=1e-6)
-    template: str = option(
-        "own", "how prompts are put: by the tokenizer's own chat template, or plain where it has none; plain "
-        "(### Instruction: and ### Response:); bare (the prompt, a line break, the answer)", choices=("own", *TEMPLATES),
-    )  # fmt: skip
     generate: bool = option(False, "write answers to test rows too, before and after, and show them side by side")
     generate_rows: int = option(50, "test rows that are answered at most, the first of them", low=1)
-    max_new_tokens: int = option(128, "tokens of a written answer at most, as far as the model's positions go", low=1)
-    num_beams: int = option(1, "answers that are followed at once; 1 takes the likeliest token each time", low=1)
+    beta: float = option(0.1, "how much it costs to leave the reference; smaller lets the model move further", low=1e-6)
 
 
 @dataclass

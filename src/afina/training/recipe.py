@@ -182,6 +182,7 @@ class Recipe:
         """Resolve what was left open and add everything that is wrong; returns the method's configuration, or None."""
         from afina.core.registry import get_method
 
+        _check_types(self, problems, spell, "")
         self._check_parts(problems, spell)
         _check_all(self, problems, spell, "")
         check_trackers(self.training.trackers, problems, spell)
@@ -283,6 +284,23 @@ class Recipe:
     def to_yaml(self) -> str:
         """The recipe as a file."""
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _check_types(options: Any, problems: Problems, spell: Callable[[str], str], above: str) -> None:
+    """Read values as those of a file are read, whoever wrote them. One that cannot be is told, and gives way to the
+    default, so that what else is wrong is found too."""
+    for f in dataclasses.fields(options):
+        value, hint = getattr(options, f.name), typing.get_type_hints(type(options))[f.name]
+        if dataclasses.is_dataclass(hint) and isinstance(value, hint):  # type: ignore[arg-type]
+            _check_types(value, problems, spell, f"{above}{f.name}.")
+            continue
+        try:
+            if dataclasses.is_dataclass(hint):
+                raise ValueError(f"expected {hint.__name__}(...)")  # type: ignore[union-attr]
+            setattr(options, f.name, parse_value(value, hint))
+        except ValueError as error:
+            problems.add(f"{spell(f'{above}{f.name}')}={value!r}: {error}")
+            setattr(options, f.name, getattr(type(options)(), f.name))
 
 
 def _check_all(options: Any, problems: Problems, spell: Callable[[str], str], above: str) -> None:
