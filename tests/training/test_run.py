@@ -15,7 +15,8 @@ from afina.data.clean import normalised
 from afina.data.table import read_csv
 from afina.errors import CheckpointError, ConfigError, DataError
 from afina.training.recipe import DataOptions, Recipe, TrainingOptions, read_recipe
-from afina.training.run import prepare, write_csv
+from afina.training.run import prepare
+from afina.training.run_folder import write_csv
 from afina.training.trained import TrainedRun
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from afina.errors import Problems
     from afina.memory.footprint import Footprint
-    from afina.training.plan import Planner
+    from afina.training.planner import Planner
     from afina.training.recipe import Recipe
     from afina.training.within_limit import Choice
 

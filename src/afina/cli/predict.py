@@ -106,7 +106,7 @@ def predict(
 
         write_atomically(output, write)
     elif output is not None:
-        from afina.training.run import write_csv
+        from afina.training.run_folder import write_csv
 
         lines = [[*row.values(), *(made.get(t, "") for t in titles)] for row, made in zip(read.rows, columns, strict=True)]
         output.parent.mkdir(parents=True, exist_ok=True)

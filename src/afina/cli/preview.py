@@ -10,7 +10,7 @@ from afina.memory.sizes import shown_size
 from afina.training.batching import shuffled_batches
 
 if TYPE_CHECKING:
-    from afina.training.run import Run
+    from afina.training.running import Run
 
 __all__ = ["MOST_CLASSES", "show_plan"]
 

@@ -17,7 +17,7 @@ from afina.cli.show import console, heading, pairs, quiet, table
 from afina.memory.sizes import shown_size
 
 if TYPE_CHECKING:
-    from afina.training.run import Run
+    from afina.training.running import Run
 
 __all__ = ["train"]
 

@@ -25,7 +25,7 @@ from afina.training import checkpoints
 from afina.training.engines.ddp import DDP
 from afina.training.fast_path import engine_dtype
 from afina.training.packing import wants_packing
-from afina.training.run import Run
+from afina.training.running import Run
 
 __all__ = ["alike", "alone_because", "tried"]
 

@@ -23,7 +23,8 @@ from afina.sweep.groups import alike, alone_because, tried
 from afina.sweep.joined import JoinedModel
 from afina.sweep.points import FAILED, Point, recipe_of
 from afina.sweep.together import train_together
-from afina.training.run import Run, prepare
+from afina.training.run import prepare
+from afina.training.running import Run
 
 __all__ = ["Group", "check_points", "train_points"]
 

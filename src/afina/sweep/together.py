@@ -22,7 +22,7 @@ from afina.sweep.turns import Turn
 from afina.training.engines.ddp import DDP
 from afina.training.fast_path import fast_path
 from afina.training.loop import Signals
-from afina.training.run import Run
+from afina.training.running import Run
 
 __all__ = ["Waiting", "train_together"]
 

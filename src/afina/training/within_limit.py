@@ -19,7 +19,7 @@ from afina.errors import ConfigError
 from afina.memory.footprint import Footprint, titled
 from afina.memory.sizes import parse_size, shown_size
 from afina.memory.storage import FLOATS
-from afina.training.plan import Planner
+from afina.training.planner import Planner
 from afina.training.recipe import Recipe
 
 __all__ = ["HEADROOM", "Choice", "Tried", "settle", "within_limit"]
