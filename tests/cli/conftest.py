@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 import warnings
 from dataclasses import dataclass
@@ -24,21 +26,39 @@ def places(tmp_path_factory):
     return folder
 
 
+def typed(words):
+    """Run the command line in this process; gives its exit code."""
+    from afina.cli.main import main
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(sys, "argv", ["afina", *map(str, words)])
+        try:
+            main()
+        except SystemExit as left:
+            return left.code or 0
+    return 0
+
+
+@pytest.fixture(scope="session")
+def finished():
+    """A command that has to succeed; gives what it printed. For fixtures that outlive a test."""
+
+    def run(*words):
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            code = typed(words)
+        assert code == 0, err.getvalue()
+        return out.getvalue()
+
+    return run
+
+
 @pytest.fixture
-def afina(capsys, monkeypatch):
+def afina(capsys):
     """Run the command line in this process."""
 
     def run(*words):
-        from afina.cli.main import main
-
         capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["afina", *map(str, words)])
-        with warnings.catch_warnings():
-            try:
-                main()
-                code = 0
-            except SystemExit as left:
-                code = left.code or 0
+        code = typed(words)
         said = capsys.readouterr()
         assert "Traceback" not in said.out + said.err
         return Said(code, said.out, said.err)

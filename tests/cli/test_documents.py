@@ -68,12 +68,13 @@ def test_commands_and_links_of_the_documents_exist(afina):
 def test_the_method_of_contributing_passes_the_contract(tmp_path):
     code = next(code for kind, code in blocks("CONTRIBUTING.md") if kind == "python")
     (tmp_path / "diagonal.py").write_text(code, encoding="utf-8")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [
             sys.executable, "-m", "pytest", "-q", "-p", "diagonal", "-p", "no:cacheprovider", "-k", "diagonal",
             str(ROOT / "tests" / "contract" / "test_layers.py"), "--basetemp", str(tmp_path / "temp"),
         ],
-        capture_output=True, text=True, cwd=ROOT, env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}, check=False,
+        capture_output=True, text=True, cwd=ROOT, env={**ENVIRONMENT, "PYTHONPATH": path}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 20

@@ -15,16 +15,11 @@ def started(places, output):
 
 
 @pytest.fixture(scope="module")
-def swept(places, tmp_path_factory):
+def swept(places, tmp_path_factory, finished):
     """A finished sweep of three points, and what was said."""
-    import subprocess
-    import sys
-
     folder = tmp_path_factory.mktemp("swept") / "rates"
     words = [*started(places, folder), "--together", "2", "--grid", "learning_rate=1e-3,1e-2,1e30", "r=3"]
-    done = subprocess.run([sys.executable, "-m", "afina", *map(str, words)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    return folder, finished(*words)
 
 
 def test_a_sweep_is_run_folders_a_table_and_a_page(swept, afina, places):

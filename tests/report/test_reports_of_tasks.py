@@ -18,7 +18,7 @@ import tiny_bases
 sys.path.insert(0, str(Path(__file__).parents[1] / "tasks"))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from every_task import CASES, EVERY, case
+from every_task import CASES, EVERY, finished
 from pages import EVIL, Page
 
 from afina.errors import CheckpointError, ConfigError
@@ -32,8 +32,8 @@ from afina.report.scores import intervals, row_scores
 from afina.report.usage import command_lines, python_lines
 from afina.tasks.catalogue import tasks
 from afina.tasks.entities import Scheme
-from afina.training.run import prepare
 
+pytestmark = pytest.mark.xdist_group("every task")
 CHROMIUM = Path("/usr/bin/chromium")
 PICTURES = ("image_classification", "semantic_segmentation")
 CLASSES = ("sequence_classification", "image_classification", "audio_classification")
@@ -50,19 +50,10 @@ OWN = {
 }
 
 
-@pytest.fixture(scope="session")
-def made(tmp_path_factory):
-    """A run of a task, made when it is first asked for."""
-    known = {}
-
-    def make(name):
-        if name not in known:
-            folder = tmp_path_factory.mktemp("tasks") / name
-            prepare(case(name, folder, rows=53, epochs=1), folder / "run").execute()
-            known[name] = folder / "run"
-        return known[name]
-
-    return make
+@pytest.fixture
+def made():
+    """The folder of a task's run."""
+    return lambda name: finished(name)[0] / "run"
 
 
 def test_every_task_is_here():

@@ -68,10 +68,24 @@ def losses_in(folder):
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def compare_with_runs_alone(tmp_path, points):
+@pytest.fixture(scope="module")
+def run_alone(tmp_path_factory):
+    """Folder and metrics of a recipe's run by itself, made once for all tests that compare with it."""
+    known = {}
+
+    def run(recipe):
+        key = recipe.to_yaml()
+        if key not in known:
+            folder = tmp_path_factory.mktemp("alone") / "run"
+            known[key] = folder, prepare(copy.deepcopy(recipe), folder).execute()
+        return known[key]
+
+    return run
+
+
+def compare(run_alone, tmp_path, points):
     for point in points:
-        alone = tmp_path / "alone" / str(point.number)
-        metrics = prepare(copy.deepcopy(point.recipe), alone).execute()
+        alone, metrics = run_alone(point.recipe)
         folder = point.folder(tmp_path / "sweep", len(points))
         assert losses_in(folder) == pytest.approx(losses_in(alone), rel=1e-4, abs=1e-6)
         own, expected = weights_in(folder), weights_in(alone)
@@ -84,7 +98,7 @@ def compare_with_runs_alone(tmp_path, points):
 
 
 @pytest.mark.parametrize("base", ["bert", "gpt2"])
-def test_runs_in_one_pass_learn_what_they_learn_alone(bases, tmp_path, base):
+def test_runs_in_one_pass_learn_what_they_learn_alone(bases, tmp_path, base, run_alone):
     """Ranks, rates, schedules, orders of rows, numbers of steps and of rows a step may all differ."""
     points = points_of(
         bases[base], {"epochs": 1}, {"learning_rate": 1e-2, "schedule": "cosine"},
@@ -96,22 +110,21 @@ def test_runs_in_one_pass_learn_what_they_learn_alone(bases, tmp_path, base):
     assert f"points 1 to {len(points)}: together" in " ".join(said)
     assert results[1]["train"]["together"] == len(points)
     assert "in 2 ways (the seed divides them too)" in " ".join(notes)
-    compare_with_runs_alone(tmp_path, points)
+    compare(run_alone, tmp_path, points)
 
 
-@pytest.mark.parametrize("base", ["bert", "gpt2"])
-def test_last_blocks_share_a_trunk_one_after_another(bases, tmp_path, monkeypatch, base):
+def test_last_blocks_share_a_trunk_one_after_another(bases, tmp_path, monkeypatch, run_alone):
     monkeypatch.setenv("AFINA_CACHE", str(tmp_path / "cache"))
     last = {"name": "last_layers", "num_layers": 1}
-    points = [Point(i, {"learning_rate": str(rate)}, recipe_of(bases[base], last, learning_rate=rate))
+    points = [Point(i, {"learning_rate": str(rate)}, recipe_of(bases["bert"], last, learning_rate=rate))
               for i, rate in enumerate((1e-3, 5e-3), 1)]  # fmt: skip
     results, said, _ = swept(tmp_path / "sweep", points)
     assert "copies of whole modules" in " ".join(said)
     assert "in a run before" in " ".join(results[2]["train"]["notes"])
-    compare_with_runs_alone(tmp_path, points)
+    compare(run_alone, tmp_path, points)
 
 
-def test_new_heads_and_upper_blocks_in_one_pass(bases, tmp_path, monkeypatch):
+def test_new_heads_and_upper_blocks_in_one_pass(bases, tmp_path, monkeypatch, run_alone):
     """The head of each run reads its own rows, and the trunk below all adapters is computed once."""
     monkeypatch.setenv("AFINA_CACHE", str(tmp_path / "cache"))
     upper = {"layers_to_transform": [1]}
@@ -119,11 +132,11 @@ def test_new_heads_and_upper_blocks_in_one_pass(bases, tmp_path, monkeypatch):
     results, said, _ = swept(tmp_path / "sweep", points, together=2)
     assert "points 1 to 2: together" in " ".join(said)
     assert all("computed once a row" in " ".join(result["train"]["notes"]) for result in results.values())
-    compare_with_runs_alone(tmp_path, points)
+    compare(run_alone, tmp_path, points)
 
 
 @pytest.mark.parametrize(("task", "architecture"), [("causal_lm", "GPT-2"), ("seq2seq", "T5")])
-def test_losses_inside_the_head(tmp_path, task, architecture):
+def test_losses_inside_the_head(tmp_path, task, architecture, run_alone):
     """A vocabulary's loss is computed in chunks inside the head, of each run with its own hidden states."""
     base = save(tmp_path / "base", architecture)
     rows = [{"text": f"say {'abcdefg'[i % 7] * (1 + i % 5)} {i}", "label": f"{i % 3} {'xy' * (i % 4)}z"} for i in range(29)]
@@ -138,7 +151,7 @@ def test_losses_inside_the_head(tmp_path, task, architecture):
     results, said, _ = swept(tmp_path / "sweep", points, together=2)
     assert "together" in " ".join(said), said
     assert len(results) == 2
-    compare_with_runs_alone(tmp_path, points)
+    compare(run_alone, tmp_path, points)
 
 
 def test_t35_what_cannot_share_a_pass_says_why(bases, tmp_path):
@@ -159,7 +172,7 @@ def test_a_joined_pass_that_differs_is_not_used(bases, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_memory_that_runs_out_halves_the_group(bases, tmp_path, monkeypatch, where):
+def test_memory_that_runs_out_halves_the_group(bases, tmp_path, monkeypatch, where, run_alone):
     losses, backward, sizes, whole = joined.JoinedModel.losses, torch.autograd.backward, [], []
 
     def refuse(size):
@@ -186,10 +199,10 @@ def test_memory_that_runs_out_halves_the_group(bases, tmp_path, monkeypatch, whe
     assert sizes[0] == 4
     assert max(sizes[1:]) == 2
     whole.append(True)
-    compare_with_runs_alone(tmp_path, points[:1])
+    compare(run_alone, tmp_path, points[:1])
 
 
-def test_a_run_that_fails_ends_alone_and_the_others_go_on(bases, tmp_path):
+def test_a_run_that_fails_ends_alone_and_the_others_go_on(bases, tmp_path, run_alone):
     points = points_of(bases["bert"], {"epochs": 1}, {"epochs": 1, "learning_rate": 1e30}, {"epochs": 1, "patience": 1})
     results, _, _ = swept(tmp_path / "sweep", points, together=3)
     assert isinstance(results[2], TrainingError)
@@ -198,10 +211,10 @@ def test_a_run_that_fails_ends_alone_and_the_others_go_on(bases, tmp_path):
     assert "loss is" in found[1].error
     best = best_of(found)
     assert best is max((found[0], found[2]), key=lambda one: one.score)
-    compare_with_runs_alone(tmp_path, [points[0]])
+    compare(run_alone, tmp_path, [points[0]])
 
 
-def test_a_stopped_sweep_goes_on(bases, tmp_path, monkeypatch):
+def test_a_stopped_sweep_goes_on(bases, tmp_path, monkeypatch, run_alone):
     """A sweep killed after some steps goes on from the checkpoints of its runs, with the losses they would have had."""
     points = points_of(bases["bert"], {"checkpoint_every": 3}, {"learning_rate": 1e-2, "checkpoint_every": 3})
     losses, count = joined.JoinedModel.losses, [0]
@@ -219,4 +232,4 @@ def test_a_stopped_sweep_goes_on(bases, tmp_path, monkeypatch):
     monkeypatch.undo()
     results, _, _ = swept(tmp_path / "sweep", points, together=2)
     assert len(results) == 2
-    compare_with_runs_alone(tmp_path, points[1:])
+    compare(run_alone, tmp_path, points[1:])

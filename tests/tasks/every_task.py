@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import random
+import shutil
+import tempfile
 from pathlib import Path
 
 import diffusion_bases
@@ -15,6 +19,7 @@ import torch
 import transformers as tf
 
 from afina.training.recipe import DataOptions, Recipe, TrainingOptions
+from afina.training.run import prepare
 
 WORDS = tiny_bases.WORDS
 REWARDS = Path(__file__).with_name("rewards_made.py")
@@ -194,3 +199,12 @@ def case(name, folder, rows=47, **training):
             **{"epochs": 2, "batch_size": 7, "learning_rate": 5e-3, "precision": "fp32", "max_truncated": 0.5, **training}
         ),
     )
+
+
+@functools.cache
+def finished(name):
+    """The run of a task, made once a process: its folder, the run, its metrics. Tests leave them as they are."""
+    place = Path(tempfile.mkdtemp(prefix="afina-tests-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    run = prepare(case(name, place / name), place / name / "run")
+    return place / name, run, run.execute()

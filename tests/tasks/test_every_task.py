@@ -10,15 +10,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from every_task import CASES, EVERY, case
+from every_task import CASES, EVERY, case, finished
 from language_bases import save
 
 from afina.core.files import read_weights
 from afina.data.read import read_table
 from afina.tasks.catalogue import tasks
+from afina.training.engines.choose import make_engine
+from afina.training.loop import fit
 from afina.training.recipe import read_recipe
 from afina.training.run import prepare
 from afina.training.trained import TrainedRun
+
+pytestmark = pytest.mark.xdist_group("every task")  # with the tests of their reports, which read the same runs
 
 
 def test_every_task_has_a_case():
@@ -26,10 +30,8 @@ def test_every_task_has_a_case():
 
 
 @pytest.fixture(scope="module", params=sorted(EVERY))
-def done(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    run = prepare(case(request.param, folder), folder / "run")
-    return folder, run, run.execute()
+def done(request):
+    return finished(request.param)
 
 
 def losses(folder):
@@ -72,14 +74,8 @@ def test_the_saved_run_answers_as_it_was_tested(done):
         json.dumps(trained.task.respond(answer, example))
 
 
-def test_the_recipe_repeats_the_run(done, tmp_path):
+def test_t03_the_recipe_repeats_the_run_even_where_it_was_stopped(done, tmp_path):
     folder, _, metrics = done
-    again = prepare(read_recipe(folder / "run" / "recipe.yaml"), tmp_path / "again")
-    assert json.dumps(again.execute()["test"]) == json.dumps(metrics["test"])
-
-
-def test_t03_a_run_goes_on_as_if_it_had_not_stopped(done, tmp_path):
-    folder, _, _ = done
 
     def die(line):
         if line.get("step") == 4 and "loss" in line:
@@ -89,7 +85,8 @@ def test_t03_a_run_goes_on_as_if_it_had_not_stopped(done, tmp_path):
     recipe.training.checkpoint_every = 3
     with pytest.raises(MemoryError):
         prepare(recipe, tmp_path / "run").execute(die)
-    prepare(recipe, tmp_path / "run", resume=True).execute()
+    again = prepare(recipe, tmp_path / "run", resume=True).execute()
+    assert json.dumps(again["test"]) == json.dumps(metrics["test"])
     assert losses(tmp_path / "run") == losses(folder / "run")
     one, two = (read_weights(f / "adapter" / "adapter_model.safetensors") for f in (folder / "run", tmp_path / "run"))
     assert all((one[key] == two[key]).all() for key in one.keys() | two.keys())
@@ -103,7 +100,8 @@ def test_t25_parts_of_a_step_change_no_loss(name, tmp_path):
         options = {"optimizer": "sgd", "learning_rate": 1.0, "warmup": 0.0, "max_grad_norm": 1e-2, "batch_size": 11}
         recipe = case(name, tmp_path, epochs=1, gradient_accumulation=count, evaluate_every=9.0, **options)
         run = prepare(recipe, tmp_path / str(count))
-        run.execute()
+        rows, engine = run.rows, make_engine("fp32")
+        fit(run.model, run.task, rows["train"], rows["validation"], run.recipe.training, engine, run.output)
         found[count] = losses(run.output)
     assert len(found[1]) >= 2
     for count in (2, 4, 8):
