@@ -10,7 +10,7 @@ from torch import nn
 
 __all__ = ["use_fused_activations"]
 
-_TANH_GELU = ("NewGELUActivation", "FastGELUActivation", "BloomGelu", "AccurateGELUActivation")
+_TANH_GELU = ("NewGELUActivation", "FastGELUActivation", "BloomGelu", "AccurateGELUActivation", "GELUTanh")
 
 
 def use_fused_activations(model: nn.Module) -> int:

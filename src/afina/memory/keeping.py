@@ -29,6 +29,7 @@ _VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
 _OF_SAVED: dict[str, Callable[[Any], torch.Tensor]] = {
     "SiluBackward0": lambda node: F.silu(node._saved_self),
     "GeluBackward0": lambda node: F.gelu(node._saved_self, approximate=node._saved_approximate),
+    "_TanhGeluBackward": lambda node: F.gelu(node.saved_tensors[0], approximate="tanh"),  # of fast/gelu.py
     "NativeLayerNormBackward0": lambda node: _layer_norm(node),
 }
 

@@ -62,6 +62,7 @@ class CausalLM(WritingTask):
     """Continuing text: instructions, conversations, prompts with completions, and plain text."""
 
     name = "causal_lm"
+    widens = True
     task_type = "CAUSAL_LM"
     packs = True
     kind = CONVERSATIONS
@@ -259,9 +260,10 @@ class CausalLM(WritingTask):
 
         "answer_at" `[rows]`: where an answer is to be written after so many tokens; -1 where none is asked for.
         """
-        batch = pad_right(features, self.tokenizer.pad_token_id)
+        width = self.width(features)
+        batch = pad_right(features, self.tokenizer.pad_token_id, width)
         if all("labels" in f for f in features):
-            batch["labels"] = padded([f["labels"] for f in features], IGNORED)
+            batch["labels"] = padded([f["labels"] for f in features], IGNORED, width)
         batch["answer_at"] = torch.tensor([f["answer_at"] if self._asked(f) else -1 for f in features])
         return batch
 

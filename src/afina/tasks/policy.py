@@ -66,6 +66,7 @@ class Policy(CausalLM):
     refers = True
     shows_before = True
     smooths = False
+    widens = False
     not_exported = "its answers are measured against a reference, which an artefact does not hold"
 
     def __init__(self, tokenizer: Any, options: Any = None, learned: Mapping[str, Any] | None = None):

@@ -100,6 +100,7 @@ class QuestionAnswering(Task):
     """What the loop must know of the task."""
 
     name = "question_answering"
+    widens = True
     task_type = "QUESTION_ANS"
     kind = Kind(
         columns={
@@ -257,7 +258,7 @@ class QuestionAnswering(Task):
     def collate(self, features: Sequence[Feature]) -> Batch:
         """Ids and mask `[rows, tokens]`; `context`: its first token and one past its last; `null`: the token that means no
         answer; labels `[rows, 2]`."""
-        batch = pad_right(features, self.tokenizer.pad_token_id)
+        batch = pad_right(features, self.tokenizer.pad_token_id, self.width(features))
         batch["context"] = torch.tensor([f["context"] for f in features])
         batch["null"] = torch.tensor([f["null"] for f in features])
         if "labels" in features[0]:

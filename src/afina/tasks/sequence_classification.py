@@ -30,6 +30,7 @@ class SequenceClassification(Classification):
     """One class of several for a text, or for a pair of texts."""
 
     name = "sequence_classification"
+    widens = True
     task_type = "SEQ_CLS"
     kind = Kind(
         columns={
@@ -84,7 +85,7 @@ class SequenceClassification(Classification):
 
     def collate(self, features: Sequence[Feature]) -> Batch:
         """Ids and mask `[rows, tokens]` and, where the features have them, labels `[rows]`."""
-        batch = pad_right(features, self.tokenizer.pad_token_id)
+        batch = pad_right(features, self.tokenizer.pad_token_id, self.width(features))
         if "label" in features[0]:
             batch["labels"] = torch.tensor([f["label"] for f in features])
         return batch

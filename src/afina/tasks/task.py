@@ -101,6 +101,7 @@ class Task(ABC):
     figures: ClassVar[Mapping[str, Figure]]  # keys of `metrics` that are shown; the first chooses the weights that are kept
     Options: ClassVar[type] = NoOptions  # a dataclass of `option` fields
     smooths: ClassVar[bool] = True  # whether label smoothing means something
+    widens: ClassVar[bool] = False  # whether `collate` may pad a batch to more than its longest row, as `width` says
     packs: ClassVar[bool] = False  # whether its training rows may be packed into one
     untuned: ClassVar[bool] = False  # the base answers without training too: its figures are a baseline
     # What makes the model's input: a tokenizer, image_processor, feature_extractor, or a processor, which has a tokenizer.
@@ -116,6 +117,7 @@ class Task(ABC):
 
     storage = Storage()  # of the base's weights, which load_model follows
     packed = False  # whether training rows are packed, which is tried first
+    widths = (1, 0)  # batches are padded to a multiple of the first, but for that to no more than the second
     label_smoothing = 0.0  # of the training loss; figures do not know it
     class_weights: Sequence[float] | None = None  # of the training loss, one a label
 
@@ -213,6 +215,12 @@ class Task(ABC):
         `chance` seeds what is drawn of a training row; None: nothing is drawn.
         """
         return feature
+
+    def width(self, features: Sequence[Feature]) -> int:
+        """Tokens that a batch of these is padded to: those of its longest, rounded up as `widths` says."""
+        longest = max(len(f["input_ids"]) for f in features)
+        multiple, most = self.widths
+        return max(longest, min(-(-longest // multiple) * multiple, most))
 
     @property
     def varies(self) -> str:

@@ -88,6 +88,7 @@ class TokenClassification(Task):
     """What the loop must know of the task."""
 
     name = "token_classification"
+    widens = True
     task_type = "TOKEN_CLS"
     kind = Kind(
         columns={
@@ -189,10 +190,11 @@ class TokenClassification(Task):
     def collate(self, features: Sequence[Feature]) -> Batch:
         """Ids and mask, and `words`: number of the word that a token begins, else -1; labels where there are. All
         `[rows, tokens]`."""
-        batch = pad_right(features, self.tokenizer.pad_token_id)
-        batch["words"] = padded([f["words"] for f in features], -1)
+        width = self.width(features)
+        batch = pad_right(features, self.tokenizer.pad_token_id, width)
+        batch["words"] = padded([f["words"] for f in features], -1, width)
         if "labels" in features[0]:
-            batch["labels"] = padded([f["labels"] for f in features], IGNORED)
+            batch["labels"] = padded([f["labels"] for f in features], IGNORED, width)
         return batch
 
     # --- loss

@@ -184,8 +184,10 @@ class Planner:
             raise _Enough
 
         hook = stack.blocks[stack.depth - 1].register_forward_hook(enough)
-        with trace.phase("trunk"), torch.no_grad(), suppress(_Enough):
+        with ready_weights(model, self._ready(recipe)) as copies, trace.phase("trunk"), torch.no_grad(), suppress(_Enough):
+            trace.follow(copies, "ready")
             call()
+        del copies
         hook.remove()
         room = f"up to {options.trunk_cache}" if size is None else f"at most {shown_size(size)}"
         said = f"{blocks} are frozen and computed once a row; what they give lies on the disk ({room}), not in memory"
