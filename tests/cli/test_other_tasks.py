@@ -104,6 +104,11 @@ def test_similar_texts(afina, base, tmp_path):
     found = np.load(tmp_path / "out.npz")
     assert found["text"].shape == found["text_pair"].shape == (31, 24)
     assert np.isnan(found["text"][30]).all()
+    passages = write(tmp_path / "passages.csv", ["passage"], [(text,) for text in some[:7]])
+    words = ["predict", run, "--data", passages, "--column", "passage", "--output"]
+    assert afina(*words, tmp_path / "single.npz").code == 0
+    np.testing.assert_allclose(np.load(tmp_path / "single.npz")["text"], found["text"][:7], atol=1e-5)
+    assert "no column 'answer'" in afina(*words, tmp_path / "single.csv").err
     assert afina("predict", run, "--data", data, "--output", tmp_path / "out.csv").code == 0
     for row, a, b in zip(read(tmp_path / "out.csv")[:30], found["text"], found["text_pair"], strict=False):
         assert float(row["answer"]) == pytest.approx(float(a @ b), abs=1e-5)

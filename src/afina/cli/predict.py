@@ -69,6 +69,8 @@ def predict(
         read = read_table(data, set(asked.values()), read=kind.read, media=kind.media)
         asked |= {role: getattr(read, role) for role in kind.media if role in asked and getattr(read, role)}
         locate(read, [asked[role] for role in kind.media if role in asked])
+        if output is not None and output.suffix == ".npz" and not pair_column and asked.get("text_pair") not in read.columns:
+            asked.pop("text_pair", None)  # a vector is of one text
         for role, name in asked.items():
             if missing := read.missing(name):
                 problems.add(f"--data: {missing} Say which with --{'column' if role == first else 'pair-column'}.")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from afina.cli.show import heading, pairs, table
 from afina.memory.sizes import shown_size
+from afina.report.words import counted
 from afina.training.batching import shuffled_batches
 
 if TYPE_CHECKING:
@@ -52,9 +53,10 @@ def show_plan(run: Run) -> None:
         sizes = sorted(run.classes("train").values())
         pairs({"classes": f"{len(labels)}, of {sizes[0]} to {sizes[-1]} training rows"})
     lengths = sorted(run.encoded.lengths)
+    cut = run.encoded.truncated
     known = {
         run.task.unit: f"{lengths[len(lengths) // 2]:,} a row in the middle, {lengths[-1]:,} at most"
-        + (f"; {run.encoded.truncated} rows cut off at {run.encoded.max_length}" if run.encoded.max_length else "")
+        + (f"; {counted(cut, 'row')} cut off at {run.encoded.max_length}" if run.encoded.max_length else "")
     } if lengths[-1] > 1 else {}  # fmt: skip
     known |= {"": "\n".join(run.encoded.notes)} if run.encoded.notes else {}
     if known:
@@ -84,12 +86,17 @@ def show_plan(run: Run) -> None:
             "optimizer": f"{options.optimizer}, {options.schedule} schedule",
             **_memory(run),
             **_processes(recipe),
-            "kept": f"the weights with the best {options.best} on the validation rows, read every "
-            f"{options.evaluate_every:g} {options.evaluate_unit}"
+            "kept": f"the weights with the best {options.best} on the validation rows, read "
+            f"{_every(options.evaluate_every, options.evaluate_unit)}"
             + (f"; ends after {options.patience} readings without a better one" if options.patience else ""),
             **({"output": run.output} if run.output.name else {}),
         }
     )
+
+
+def _every(count: float, unit: str) -> str:
+    """`every epoch`, `every 50 steps`."""
+    return f"every {unit.removesuffix('s')}" if count == 1 else f"every {count:g} {unit}"
 
 
 def _processes(recipe: Any) -> dict[str, str]:
