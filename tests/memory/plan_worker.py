@@ -19,7 +19,7 @@ MOVING = ("activations", "logits", "workspace", "gradients", "allocator")
 
 def main(folder: str, precision: str) -> None:
     recipe = Recipe(
-        model=folder, training=TrainingOptions(max_length=127, batch_size=64, precision=precision),
+        model=folder, training=TrainingOptions(max_length=127, batch_size=31, precision=precision),
         memory=MemoryOptions(limit="11GB"),
     )  # fmt: skip
     planner = planner_for(recipe, "cpu")

@@ -206,5 +206,5 @@ def finished(name):
     """The run of a task, made once a process: its folder, the run, its metrics. Tests leave them as they are."""
     place = Path(tempfile.mkdtemp(prefix="afina-tests-"))
     atexit.register(shutil.rmtree, place, ignore_errors=True)
-    run = prepare(case(name, place / name), place / name / "run")
+    run = prepare(case(name, place / name, batch_size=8), place / name / "run")
     return place / name, run, run.execute()

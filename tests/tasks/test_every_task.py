@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import os
@@ -108,29 +109,42 @@ def test_t25_parts_of_a_step_change_no_loss(name, tmp_path):
         assert found[count] == pytest.approx(found[1], rel=2e-4, abs=1e-6), count
 
 
-@pytest.mark.xdist_group("two processes")
 def test_t25_two_processes_train_what_one_trains(tmp_path):
     """Every task and architecture in turn, in one pair of processes; the last step leaves one without rows of its own."""
-    options = {"epochs": 1, "batch_size": 4, "seed": 3}
-    expected = {}
-    for name in (*CASES, "causal_lm Llama", "causal_lm OPT", "seq2seq BART"):
-        task, *architecture = name.split()
-        if architecture:
-            save(tmp_path / name / "base", *architecture)
-        run = prepare(case(task, tmp_path / name, **options), tmp_path / name / "one")
-        run.execute()
-        expected[name] = losses(run.output)
-        recipe = read_recipe(run.output / "recipe.yaml")
+    options, expected = {"epochs": 1, "batch_size": 4, "seed": 3}, {}
+
+    def add(name, recipe, one):
+        expected[name] = one
+        recipe = copy.deepcopy(recipe)
         recipe.training.gradient_accumulation = 2
+        (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+
+    def add_alone(name, recipe):
+        run = prepare(recipe, tmp_path / name / "one")
+        run.execute()
+        add(name, run.recipe, run.output)
+        return run
+
+    for name in CASES:
+        folder, run, _ = finished(name)
+        add(name, run.recipe, folder / "run")
+    for name in ("causal_lm Llama", "causal_lm OPT", "seq2seq BART"):
+        task, architecture = name.split()
+        save(tmp_path / name / "base", architecture)
+        add_alone(name, case(task, tmp_path / name, **options))
     # an adapter that the output does not depend on must not leave the processes waiting for its gradient
     lost = case("sentence_similarity", tmp_path / "unused", **options)
     lost.method = {"name": "lora", "r": 3, "target_modules": ["query", "pooler.dense"], "exclude_modules": []}
-    run = prepare(lost, tmp_path / "unused" / "one")
-    run.execute()
-    assert any("pooler" in name for name in run.model.adapters.layers)
-    expected["unused"] = losses(run.output)
-    (tmp_path / "unused" / "recipe.yaml").write_text(lost.to_yaml(), encoding="utf-8")
+    assert any("pooler" in name for name in add_alone("unused", lost).model.adapters.layers)
+    # pairs learn from all others of their step, those of the other process too
+    pairs = case("sentence_similarity", tmp_path / "pairs", rows=32, **{**options, "batch_size": 7})
+    rows = [json.loads(line) for line in Path(pairs.data.file).read_text().splitlines()]
+    texts = [{key: row[key] for key in ("text", "text_pair")} for row in rows]
+    Path(pairs.data.file).write_text("".join(json.dumps(row) + "\n" for row in texts))
+    run = add_alone("pairs", pairs)
+    assert run.task.learned["scored"] is False
+    assert len(run.rows["train"].features) % 7 == 1
     done = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
@@ -139,9 +153,9 @@ def test_t25_two_processes_train_what_one_trains(tmp_path):
         capture_output=True, text=True, timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    for name, of_one in expected.items():
-        assert losses(tmp_path / name / "two") == pytest.approx(of_one, rel=1e-3, abs=1e-6), name
-        metrics = [json.loads((tmp_path / name / n / "metrics.json").read_text()) for n in ("one", "two")]
+    for name, one in expected.items():
+        assert losses(tmp_path / name / "two") == pytest.approx(losses(one), rel=1e-3, abs=1e-6), name
+        metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (one, tmp_path / name / "two")]
         first = next(iter(tasks().get(name.split()[0], tasks()["sentence_similarity"]).figures))
         values = [m["test"].get(first) for m in metrics]
         assert values[0] is None or values[1] == pytest.approx(values[0], rel=0.02, abs=0.02), name
