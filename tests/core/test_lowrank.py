@@ -143,6 +143,31 @@ def test_a_plain_layer_is_fused(calls: list[int]) -> None:
     assert calls
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_a_trained_bias_is_part_of_it(p: float, autocast: bool, calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`bias="lora_only"`: the same output and gradients as one adapter after the other, and told as one operation."""
+    model, _ = adapted(bias="lora_only", lora_dropout=p)
+    assert passes(model.adapters) == {"lin": ""}
+    x, weights = torch.randn(11, 5, requires_grad=True), [q for q in model.parameters() if q.requires_grad]
+    assert [tuple(q.shape) for q in weights] == [(2, 5), (7, 2), (7,)]
+    weights[2].data.normal_()
+    found = []
+    for way in ("fused", "plain"):
+        if way == "plain":
+            monkeypatch.setattr(type(base_of(model)), "_forward_fused", lambda *_: None)
+            monkeypatch.setattr("afina.methods.lora.fused_dtype", lambda *_: None)
+            calls.clear()
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = model(x)
+        assert bool(calls) == (way == "fused")
+        found.append([y.float(), *torch.autograd.grad(y.float().square().sum(), (x, *weights))])
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, **({"rtol": 3e-2, "atol": 3e-1} if autocast else {}))
+
+
 def trained(base: nn.Module) -> None:
     base.weight.requires_grad_(True)  # type: ignore[union-attr]
 

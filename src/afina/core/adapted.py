@@ -105,7 +105,10 @@ class AdaptedLayer(nn.Module):
         if beside is None or self._modules["base_layer"] is not self.view.layer:
             return None
         product = self.view.product()
-        return None if product is None else LowRank(*product, *beside)
+        if product is None:
+            return None
+        trained = acting.whole_bias()  # type: ignore[operator,union-attr]
+        return LowRank(product[0], product[1] if trained is None else trained, *beside)
 
     def choose(self, names: Sequence[str]) -> None:
         """Have the adapters of these names in `chosen`."""

@@ -170,6 +170,10 @@ class Adapter(nn.Module):
         """What `lowrank.LowRank` says of an adapter, from `down` on, where that is all it adds to the layer."""
         return None
 
+    def whole_bias(self) -> torch.Tensor | None:
+        """A bias that stands in for the layer's own, where that is all the adapter does."""
+        return None
+
     def merge_into(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Weights:
         """The weight view: canonical weight and bias to the merged ones, in the dtype they come in."""
         raise MergeError(f"{type(self).__name__} cannot be merged into a layer")
@@ -374,6 +378,16 @@ class Chain(Adapter):
         for link in self.links[:-1]:
             base = Base(self.view, base, below=base, adapter=link)  # type: ignore[arg-type]
         return self.links[-1].forward(x, base)
+
+    def low_rank(self) -> tuple[Any, ...] | None:
+        """Of its one low-rank product, beside which there may be a bias."""
+        made = [found for link in self.links if (found := link.low_rank()) is not None]  # type: ignore[operator]
+        others = len(self.links) - len(made)
+        return made[0] if len(made) == 1 and others == (self.whole_bias() is not None) else None
+
+    def whole_bias(self) -> torch.Tensor | None:
+        found = [bias for link in self.links if (bias := link.whole_bias()) is not None]  # type: ignore[operator]
+        return found[0] if len(found) == 1 else None
 
     def merge_into(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Weights:
         for link in self.links:

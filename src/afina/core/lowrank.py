@@ -26,9 +26,9 @@ Optional = torch.Tensor | None
 
 
 class LowRank(NamedTuple):
-    """A layer and what is beside it: weight `[out, in]` and bias `[out]`, both frozen, down `[r, in]`, up `[out, r]` and
-    shift `[out]`, a trained summand of the bias. `scale` multiplies up and shift; p is the probability of dropout on the
-    input of `down`."""
+    """A layer and what is beside it: weight `[out, in]`, which is frozen, and bias `[out]`, which may be trained, down
+    `[r, in]`, up `[out, r]` and shift `[out]`, a trained summand of the bias. `scale` multiplies up and shift; p is the
+    probability of dropout on the input of `down`."""
 
     weight: torch.Tensor
     bias: Optional
@@ -80,10 +80,10 @@ def _compute(
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, dtype: torch.dtype, *layer: Any) -> torch.Tensor:
-        weight, _, down, up, _, ctx.scale, _ = layer
+        weight, bias, down, up, _, ctx.scale, _ = layer
         y, z, kept, ctx.strength = _compute(_in_type(x, dtype), *layer)
         into_x, _, _, _, into_down, into_up, *_ = ctx.needs_input_grad
-        ctx.of_x = x.dtype
+        ctx.of_x, ctx.of_bias = x.dtype, None if bias is None else bias.dtype
         weight, ctx.turned = _known_to_engines(weight)
         ctx.save_for_backward(x if into_down or into_up else None, weight if into_x else None, down, up, z, kept)
         # no view of another tensor: a model may write into what its layer returns, as wav2vec2 does where padding is
@@ -92,7 +92,7 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[Optional, ...]:
         x, weight, own_down, own_up, z, kept = ctx.saved_tensors
-        into_x, _, _, _, into_down, into_up, into_shift, *_ = ctx.needs_input_grad
+        into_x, _, _, into_bias, into_down, into_up, into_shift, *_ = ctx.needs_input_grad
         dtype, strength = z.dtype, ctx.strength
         down, up = _in_type(own_down, dtype), _in_type(own_up, dtype)
         rows = _flat(g)
@@ -115,7 +115,8 @@ class _LowRankLinear(torch.autograd.Function):
             d_x = _in_type(d_x if g.dim() == 2 else d_x.view(*g.shape[:-1], -1), ctx.of_x)
         if into_shift:
             d_shift = rows.sum(0, dtype=own_up.dtype) * ctx.scale
-        return d_x, None, None, None, d_down, d_up, d_shift, None, None
+        d_bias = rows.sum(0, dtype=ctx.of_bias) if into_bias else None
+        return d_x, None, None, d_bias, d_down, d_up, d_shift, None, None
 
 
 # Function.apply less its search for functorch, which `fused_dtype` has done

@@ -79,10 +79,11 @@ def passes(adapters: AdapterSet) -> dict[str, str]:
 def _why_not(layer: AdaptedLayer, acting: list[Any]) -> str:
     if len(acting) > 1:
         return f"{len(acting)} adapters act on it"
-    adapter = acting[0].links[0] if isinstance(acting[0], Chain) else acting[0]
+    adapter = acting[0]
     kind = "one parameter" if layer.view.kind == "parameter" else f"a layer of kind {layer.view.kind}"
     if adapter.low_rank() is None:  # type: ignore[operator]
-        return f"{type(adapter).__name__} on {kind} has no such form"
+        names = [type(a).__name__ for a in (adapter.links if isinstance(adapter, Chain) else (adapter,))]
+        return f"{' and '.join(names)} on {kind} has no such form"
     return "" if layer.view.product() is not None else f"{type(layer.view.layer).__name__} computes in its own way"
 
 

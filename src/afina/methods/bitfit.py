@@ -50,12 +50,16 @@ class Bias(Adapter):
         self.bias.copy_(self.view.bias())
 
     def forward(self, x: torch.Tensor, base: Base) -> torch.Tensor:
-        view, bias = self.view, self._parameters["bias"]
-        if base.is_layer and view.holds_floats and view.before_merge is None:  # then it can compute with the trained bias
+        view, bias = self.view, self.whole_bias()
+        if base.is_layer and bias is not None:
             own: Any = view.bias()
             return view.holding(bias=cast(bias, own))(x, *base.args, **base.kwargs)  # type: ignore[arg-type]
         y = base(x)
         return y + view.per_feature(self.change().to(y.dtype), y)
+
+    def whole_bias(self) -> torch.Tensor | None:
+        """The trained bias, where the layer can compute with it."""
+        return self._parameters["bias"] if self.view.holds_floats and self.view.before_merge is None else None
 
     def change(self) -> torch.Tensor:
         """What the trained bias adds to the layer's own."""
