@@ -18,6 +18,8 @@ from pathlib import Path
 
 import deepspeed  # noqa: F401 (imported once for all)
 import torch
+import torch._dynamo  # optimizers import it late
+import torch.distributed.fsdp
 
 from afina.cli.show import quiet
 from afina.training import loop
@@ -97,5 +99,8 @@ def fork(folder: Path, job: dict) -> None:
 
 
 if __name__ == "__main__":
+    quiet()
+    for name in sorted(Path(sys.argv[1]).glob("*.yaml")):  # which imports what each of them would import late
+        prepare(read_recipe(name), None, trial=True)
     for place in sorted(Path(sys.argv[1]).glob("*/job.json")):
         fork(place.parent, json.loads(place.read_text(encoding="utf-8")))
