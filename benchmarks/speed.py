@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/speed.py --data FOLDER
     OMP_NUM_THREADS=1 python benchmarks/speed.py --data FOLDER --only minilm --rounds 3
-    python benchmarks/speed.py --markdown docs/benchmarks.md      render what was measured last
+    python benchmarks/speed.py --markdown docs/benchmarks.md      render what was measured last; README.md: in short
     python benchmarks/speed.py --data FOLDER --all        the other measures of speed as well, one after the other
 
 Four jobs, true architectures on real texts: MiniLM (trained weights) and GPT-2 small on SMS spam, BERT-base on 150 intents,
@@ -437,6 +437,24 @@ def render(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def summary(results: dict[str, Any]) -> str:
+    """The few lines of the README: this script's ratios, and those of the other measures of speed that were taken."""
+    where, lines = results["about"], []
+    versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("afina", "peft", "transformers", "torch"))
+    for row in results["rows"].values():
+        for way in TARGETS:
+            lines.append([f"{row['title']}: {TITLES['ours']}, over {TITLES[way]}", f"{row['ways'][way]['times_cpu']:.2f}"])
+    if (book := RESULTS.parent / "book.json").is_file():
+        ratio = read_json(book)["ratio"]
+        lines.append(["GPT-2 as a spam classifier, end to end, over the textbook's plain loop", f"{ratio:.0f}"])
+    if (sweep := RESULTS.parent / "sweep.json").is_file():
+        for case in read_json(sweep)["cases"]:
+            share = 8 * case["run_cpu_s"] / case["sweep_cpu_s"]
+            lines.append([f"a sweep of 8 runs of {case['method']} on {case['model']}, over 8 runs", f"{share:.2f}"])
+    shown = f"How many times faster ({versions}; {where['cpu']}, {where['threads']} thread), by CPU time:"
+    return f"{shown}\n\n" + table(["", "times"], lines)
+
+
 def main() -> None:
     """Measure, or render what was measured."""
     parser = parser_of(__doc__, RESULTS)
@@ -447,7 +465,8 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="run the other measures of speed, too")
     options = parser.parse_args()
     if options.markdown:
-        put_into(options.markdown, "speed", render(read_json(options.output)))
+        shown = summary if options.markdown.name == "README.md" else render
+        put_into(options.markdown, "speed", shown(read_json(options.output)))
         return
     if options.data is None or not options.data.is_dir():
         parser.error("--data: the folder of real texts (see the beginning of this file)")
