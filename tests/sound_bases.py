@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import numpy as np
 import pytest
+import tiny_bases
 import torch
 import transformers as tf
 
@@ -33,6 +35,25 @@ def write_sounds(folder, rows=31, *, seed=0, sides=(), kinds=tuple(PITCHES), rat
     return folder
 
 
+SAID = {"high": "w1", "low": "w3"}
+
+
+def write_transcripts(folder, rows=23, *, seed=0, said=()):
+    """`folder/N.wav` and the list of them: two or three tones in a row and a word for each; or what is `said`, in turn."""
+    soundfile = pytest.importorskip("soundfile")
+    chance = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ["file_name,transcription"]
+    for i in range(rows):
+        kinds = chance.choices(sorted(PITCHES), k=chance.randrange(2, 4))
+        tones = [sound(kind, chance, least=0.12, most=0.16) for kind in kinds]
+        soundfile.write(folder / f"{i}.wav", np.concatenate(tones), 8000)
+        text = said[i % len(said)] if said else " ".join(SAID[kind] for kind in kinds)
+        lines.append(f'{i}.wav,"{text}"')
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder / "metadata.csv"
+
+
 def _wav2vec2_config(norm, **more):
     return tf.Wav2Vec2Config(
         hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=29, conv_dim=(16, 16, 16),
@@ -47,6 +68,46 @@ def save_wav2vec2(folder, norm="layer", labels=2):
     torch.manual_seed(0)
     extractor = tf.Wav2Vec2FeatureExtractor(sampling_rate=4000, return_attention_mask=norm == "layer")
     return _save(folder, tf.Wav2Vec2ForSequenceClassification(_wav2vec2_config(norm, num_labels=labels)), extractor)
+
+
+def save_wav2vec2_ctc(folder, norm="layer", letters=None):
+    """One that writes letters; without `letters` it was trained on sound alone, and has no tokenizer."""
+    torch.manual_seed(0)
+    extractor = tf.Wav2Vec2FeatureExtractor(sampling_rate=4000, return_attention_mask=norm == "layer")
+    if letters is None:
+        return _save(folder, tf.Wav2Vec2ForPreTraining(_wav2vec2_config(norm)), extractor)
+    vocabulary = ["<pad>", "<s>", "</s>", "<unk>", "|", *letters]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
+    processor = tf.Wav2Vec2Processor(extractor, tf.Wav2Vec2CTCTokenizer(str(folder / "vocab.json")))
+    return _save(folder, tf.Wav2Vec2ForCTC(_wav2vec2_config(norm, vocab_size=len(vocabulary), pad_token_id=0)), processor)
+
+
+def save_moonshine(folder):
+    """One whose encoder looks over the whole length, padding and all."""
+    torch.manual_seed(0)
+    config = tf.MoonshineConfig(
+        vocab_size=53, hidden_size=24, intermediate_size=29, encoder_num_hidden_layers=1, decoder_num_hidden_layers=1,
+        encoder_num_attention_heads=2, decoder_num_attention_heads=2, max_position_embeddings=61,
+    )  # fmt: skip
+    extractor = tf.Wav2Vec2FeatureExtractor(sampling_rate=8000, return_attention_mask=True)
+    processor = tf.Wav2Vec2Processor(extractor, tiny_bases.tokenizer(encoder=False))
+    return _save(folder, tf.MoonshineForConditionalGeneration(config), processor)
+
+
+def save_two_models(folder):
+    """wav2vec 2.0 and GPT-2 put together: samples in, a decoder that is told nothing of languages."""
+    tokenizer = tiny_bases.tokenizer(encoder=False)
+    end = tokenizer.eos_token_id
+    torch.manual_seed(0)
+    decoder = tf.GPT2Config(
+        vocab_size=len(tokenizer), n_embd=24, n_layer=1, n_head=2, n_positions=61, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, initializer_range=0.2, bos_token_id=end, eos_token_id=end, add_cross_attention=True, is_decoder=True,
+    )  # fmt: skip
+    config = tf.SpeechEncoderDecoderConfig.from_encoder_decoder_configs(_wav2vec2_config("layer"), decoder)
+    config.decoder_start_token_id = config.pad_token_id = config.eos_token_id = end
+    extractor = tf.Wav2Vec2FeatureExtractor(sampling_rate=4000, return_attention_mask=True)
+    return _save(folder, tf.SpeechEncoderDecoderModel(config), tf.Wav2Vec2Processor(extractor, tokenizer))
 
 
 def save_ast(folder):
@@ -77,6 +138,31 @@ def save_whisper_encoder(folder):
     """A whole Whisper, of which classifying reads the encoder alone."""
     torch.manual_seed(0)
     return _save(folder, tf.WhisperForConditionalGeneration(whisper_config()), whisper_extractor())
+
+
+def whisper_tokenizer():
+    """Letters as bytes, and Whisper's special tokens in their order."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    from transformers.models.whisper.tokenization_whisper import LANGUAGES
+
+    special = ["<|endoftext|>", "<|startoftranscript|>", *(f"<|{code}|>" for code in LANGUAGES), "<|translate|>",
+               "<|transcribe|>", "<|startoflm|>", "<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"]  # fmt: skip
+    vocab = {token: i for i, token in enumerate([*bytes_to_unicode().values(), *special])}
+    made = tf.WhisperTokenizer(vocab=vocab, merges=[], unk_token=special[0], bos_token=special[0], eos_token=special[0],
+                               pad_token=special[0], extra_special_tokens=special[1:])  # fmt: skip
+    return made
+
+
+def save_whisper(folder, **more):
+    """A Whisper that writes."""
+    made = whisper_tokenizer()
+    end = made.eos_token_id
+    torch.manual_seed(0)
+    config = whisper_config(vocab_size=len(made), pad_token_id=end, bos_token_id=end, eos_token_id=end,
+                            decoder_start_token_id=end + 1, **more)  # fmt: skip
+    model = tf.WhisperForConditionalGeneration(config)
+    torch.nn.init.normal_(model.model.decoder.embed_tokens.weight.data[end], std=config.init_std)  # else 0: it pads, too
+    return _save(folder, model, tf.WhisperProcessor(whisper_extractor(), made))
 
 
 def _save(folder, model, *processors):

@@ -91,7 +91,7 @@ def test_intervals_hold_the_figure(name, made):
     found = intervals(run)
     for key, (low, high) in found.items():
         assert low <= run.test[key] <= high, key
-    if name not in ("causal_lm", "seq2seq", "semantic_segmentation"):
+    if name not in ("causal_lm", "seq2seq", "semantic_segmentation", "speech_recognition"):
         assert found
     what, scores = row_scores(run)
     assert len(scores) == len(run.rows)

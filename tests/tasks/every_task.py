@@ -102,6 +102,11 @@ def sounded(chance):
     return {"audio": sound_bases.sound(label, chance), "label": label}
 
 
+def spoken(chance):
+    row = sounded(chance)
+    return {"audio": row["audio"], "text": f"{row['label']} {chance.choice(WORDS)}"}
+
+
 def segmented(chance):
     made, mask = picture_bases.disc_and_mask(chance)
     return {"image": made, "mask": mask}
@@ -157,6 +162,7 @@ CASES = {
     "semantic_segmentation": (segmented, picture_bases.save_segformer, {"augment": "crop_and_flip"}),
     "image_classification": (pictured, picture_bases.save_vit, {"augment": "crop_and_flip"}),
     "audio_classification": (sounded, sound_bases.save_wav2vec2, {}),
+    "speech_recognition": (spoken, sound_bases.save_whisper, {"max_new_tokens": 5, "language": "en"}),
     "reward": (preferred, tiny_bases.save_bert, {}),
     "dpo": (preferred, save_causal, {"max_new_tokens": 5, "generate": True}),
     "orpo": (preferred, save_causal, {"max_new_tokens": 5, "generate": True}),

@@ -129,8 +129,10 @@ def predict(
         about = f" ({', '.join(f'{count} {label}' for label, count in counts.items())})" if counts else ""
         console(stderr=True).print(f"{len(full)} rows answered{about}: {output}", markup=False)
     if trained.truncated:
-        said_of = f"{trained.truncated} of {len(full)} texts are longer than those of training could be and were cut off"
-        console(stderr=True).print(f"{said_of} at {trained.recipe.training.max_length} tokens", markup=False)
+        many = f"{trained.truncated} of {len(full)} {kind.what}s"
+        said_of = f"{many} are longer than those of training could be and were cut off"
+        most = trained.recipe.training.max_length
+        console(stderr=True).print(said_of + (f" at {most} tokens" if most else ""), markup=False)
     if len(full) < len(examples):
         console(stderr=True).print(f"{len(examples) - len(full)} empty texts were not answered", markup=False)
 

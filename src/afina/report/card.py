@@ -32,6 +32,7 @@ _PIPELINES = {
     "reranking": "text-ranking",
     "semantic_segmentation": "image-segmentation",
     "sentence_similarity": "sentence-similarity", "seq2seq": "text2text-generation",
+    "speech_recognition": "automatic-speech-recognition",
     "sequence_classification": "text-classification", "token_classification": "token-classification",
     "reward": "text-classification", **dict.fromkeys(POLICIES, "text-generation"),
 }  # fmt: skip

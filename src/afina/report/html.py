@@ -31,6 +31,7 @@ _FOR = {
     "kto": "to answer as people prefer",
     "grpo": "to write what is rewarded",
     "semantic_segmentation": "to give every pixel a class",
+    "speech_recognition": "to write down what is said",
     "seq2seq": "to turn texts into texts",
 }
 

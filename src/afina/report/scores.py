@@ -13,6 +13,7 @@ import numpy as np
 
 from afina.report.cells import answers_in, names_in, number_in, tagged
 from afina.report.folder import SHARE_RIGHT, RunFolder
+from afina.report.misheard import word_counts
 from afina.report.statistics import bootstrapped, macro_f1_interval, middle_95, resampled_sums, wilson
 from afina.tasks.entities import Scheme
 from afina.tasks.orders import average_precision, pearson, roc_auc, spearman
@@ -57,6 +58,9 @@ def _intervals(run: RunFolder) -> Intervals:
         good = np.array([row.more.get("judged") == "desirable" for row in run.rows])
         rewards = np.array([number_in(row.more.get("reward", "")) or 0.0 for row in run.rows])
         found |= _of_ranks("auc", roc_auc, good[:, None], rewards[:, None])
+    elif run.task == "speech_recognition" and (counts := [pair for row in run.rows if (pair := word_counts(row))]):
+        wrong, words = resampled_sums(np.array(counts, dtype=float)).T
+        found["wer"] = middle_95(wrong / words)
     elif run.task == "regression" or (run.task == "sentence_similarity" and "spearman" in run.figures):
         found |= _of_numbers(run)
     return {key: ends for key, ends in found.items() if run.test.get(key) is not None and ends[0] < ends[1]}
@@ -86,6 +90,9 @@ def row_scores(run: RunFolder) -> tuple[str, np.ndarray]:
     shares = [number_in(row.more.get("mean_iou", "")) for row in run.rows]
     if shares and None not in shares:
         return "mean IoU of a row", np.array(shares, dtype=float)
+    heard = [word_counts(row) for row in run.rows] if run.task == "speech_recognition" else []
+    if heard and None not in heard:
+        return "share of wrong words of a row", -np.array([wrong / words for wrong, words in filter(None, heard)])
     losses = [number_in(row.more.get("loss", "")) for row in run.rows]
     if losses and None not in losses:
         return "loss of a row", -np.array(losses, dtype=float)

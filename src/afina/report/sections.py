@@ -14,6 +14,7 @@ from afina.report.history import cost, curves, trained
 from afina.report.lengths import lengths
 from afina.report.marked import mistaken_answers, mistaken_tags
 from afina.report.markup import Markup
+from afina.report.misheard import misheard
 from afina.report.misses import misses
 from afina.report.mistakes import mistaken_classes, mistaken_labels
 from afina.report.pictures import worst_masks
@@ -44,6 +45,7 @@ def examples(run: RunFolder) -> Markup | None:
         "image_classification": mistaken_classes,
         "semantic_segmentation": worst_masks,
         "sequence_classification": mistaken_classes,
+        "speech_recognition": misheard,
         "multi_label_classification": mistaken_labels,
         "token_classification": mistaken_tags,
         "question_answering": mistaken_answers,

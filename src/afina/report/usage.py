@@ -128,6 +128,36 @@ print(dict(zip({run.labels!r}, shares.tolist())))""",
     )
 
 
+def _speech(run: RunFolder) -> Lines:
+    task = run.metrics["task"]
+    most = task["options"]["max_new_tokens"]
+    read = f"""from afina.data.sounds import read_sound  # one channel, at the rate asked for
+
+processor = AutoProcessor.from_pretrained({_FOLDER})
+extractor, tokenizer = processor.feature_extractor, processor.tokenizer
+rate = extractor.sampling_rate
+batch = extractor(read_sound("...", rate), sampling_rate=rate, return_tensors="pt")
+with torch.no_grad():
+"""
+    if "begin" not in task:
+        size = len(task.get("vocabulary", ()))
+        return (
+            "AutoModelForCTC",
+            [f"vocab_size={size}", "ignore_mismatched_sizes=True"] if size else [],
+            f"""{read}    best = model(**batch).logits[0].argmax(-1)
+print(tokenizer.decode(best))  # repetitions and nothings are taken out""",
+        )
+    return (
+        "AutoModelForSpeechSeq2Seq",
+        [],
+        f"""from transformers import GenerationMixin  # a checkpoint's own way of writing may guess language and task
+
+{read}    begin = torch.tensor([{task["begin"]!r}])
+    made = GenerationMixin.generate(base, **batch, decoder_input_ids=begin, max_new_tokens={most})
+print(tokenizer.decode(made[0], skip_special_tokens=True))""",
+    )
+
+
 def _segments(run: RunFolder) -> Lines:
     return (
         "AutoModelForSemanticSegmentation",
@@ -301,6 +331,7 @@ _TASKS: dict[str, Callable[[RunFolder], Lines]] = {
     "semantic_segmentation": _segments,
     "seq2seq": _rewritten,
     "sequence_classification": _classes,
+    "speech_recognition": _speech,
     "token_classification": _tags,
 }
 

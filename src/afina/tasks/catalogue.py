@@ -50,8 +50,8 @@ def task_options(task: type[Task], given: Mapping[str, Any], problems: Problems,
     return options
 
 
-def task_from_settings(settings: Mapping[str, Any], tokenizer: Any) -> Task:
-    """The task that `Task.settings` came from."""
+def task_from_settings(settings: Mapping[str, Any], processor: Any, config: Any = None) -> Task:
+    """The task that `Task.settings` came from; `config` is that of the base, which some tasks ask for their way."""
     learned = dict(settings)
-    task = find_task(learned.pop("name"))
-    return task(tokenizer, task.Options(**learned.pop("options")), learned)
+    task = find_task(learned.pop("name")).for_base(config)
+    return task(processor, task.Options(**learned.pop("options")), learned)

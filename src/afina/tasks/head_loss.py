@@ -427,9 +427,13 @@ def _looked_up(base: Any) -> Behind | str:
         return sent.unsqueeze(0)
 
     tokens = torch.zeros(1, len(sent), dtype=torch.long, device=device)
-    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if base.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = tokens
+    if base.main_input_name != "input_ids":  # of an encoder that reads no tokens: what it puts out
+        encoder = getattr(base.config, "encoder", base.config)
+        states = torch.zeros(1, len(sent), encoder.hidden_size, device=device, dtype=base.dtype)
+        inputs = {"encoder_outputs": (states,), "decoder_input_ids": tokens}
     training = [module for module in base.modules() if module.training]
     base.eval()
     try:

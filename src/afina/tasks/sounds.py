@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from afina.core.config import option
 from afina.data.example import Example
@@ -26,9 +27,9 @@ from afina.data.sounds import Size, check_soundfile, read_sound, size_of
 from afina.errors import ConfigError, DataError
 from afina.tasks.task import NO_LIMIT, Batch, Encoded, Feature, Task
 
-__all__ = ["SoundOptions", "SoundTask", "steady"]
+__all__ = ["SHORTEST", "SoundOptions", "SoundTask", "steady"]
 
-_SHORTEST = 0.05  # seconds; a shorter recording is followed by silence, up to this
+SHORTEST = 0.05  # seconds; a shorter recording is followed by silence, up to this
 _THREADS = 4
 _OFF = {"apply_spec_augment": False, "layerdrop": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
 
@@ -134,7 +135,7 @@ class SoundTask(Task):
             made = read_sound(feature["file"], self.rate, self.most)
         except (ValueError, OSError) as error:
             raise DataError(f"{feature['file']}: {error}; it could be read when the run began") from None
-        return np.pad(made, (0, max(0, int(_SHORTEST * self.rate) - len(made))))
+        return np.pad(made, (0, max(0, int(SHORTEST * self.rate) - len(made))))
 
     def ready(self, feature: Feature, chance: str | None = None) -> Feature:
         """With "sound", as the extractor makes it: samples `[samples]` or frames of two dimensions, float32."""
@@ -172,7 +173,7 @@ class SoundTask(Task):
         if len(set(lengths)) == 1:
             return model(**{name: sounds}).logits.float()  # type: ignore[no-any-return]
         scores = [model(**{name: one[None, :length]}).logits[0] for one, length in zip(sounds, lengths, strict=True)]
-        return torch.stack(scores).float()
+        return pad_sequence(scores, batch_first=True).float()
 
     def amount(self, batch: Batch) -> int:
         """Samples, without padding."""

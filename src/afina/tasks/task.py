@@ -104,7 +104,8 @@ class Task(ABC):
     widens: ClassVar[bool] = False  # whether `collate` may pad a batch to more than its longest row, as `width` says
     packs: ClassVar[bool] = False  # whether its training rows may be packed into one
     untuned: ClassVar[bool] = False  # the base answers without training too: its figures are a baseline
-    # What makes the model's input: a tokenizer, image_processor, feature_extractor, or a processor, which has a tokenizer.
+    # What makes the model's input: a tokenizer, image_processor, feature_extractor, or for speech the last, with a tokenizer
+    # where the model has one.
     processor_kind: ClassVar[str] = "tokenizer"
     unit: ClassVar[str] = "tokens"  # what lengths count
     reads_files: ClassVar[bool] = False  # features name files, which `ready` reads
@@ -143,6 +144,12 @@ class Task(ABC):
     def kind_for(cls, options: Mapping[str, Any]) -> Kind:
         """What reading must know where that depends on the options of the recipe's `task`."""
         return cls.kind
+
+    @classmethod
+    def for_base(cls, config: Any) -> type[Task]:
+        """This task for a base of that configuration: another class where bases take different ways. Raises ConfigError
+        where it takes none."""
+        return cls
 
     @classmethod
     def wrong_options(cls, options: Any) -> list[str]:

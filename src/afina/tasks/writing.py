@@ -47,9 +47,9 @@ class WritingTask(Task):
 
     untuned = True
 
-    def __init__(self, tokenizer: Any, options: Any = None, learned: Mapping[str, Any] | None = None):
-        super().__init__(tokenizer, options, learned)
-        if tokenizer.eos_token is None:
+    def __init__(self, processor: Any, options: Any = None, learned: Mapping[str, Any] | None = None):
+        super().__init__(processor, options, learned)
+        if self.tokenizer.eos_token is None:
             raise ConfigError(
                 f"the tokenizer has no end token, so the model could not learn to stop; {self.name} needs a model that "
                 "writes, such as t5-small for seq2seq or gpt2 for causal_lm"
@@ -77,6 +77,10 @@ class WritingTask(Task):
     def ends(self, model: Any) -> list[int]:
         """Tokens that end an answer."""
 
+    def rows_in(self, batch: Mapping[str, torch.Tensor]) -> int:
+        """How many rows a batch has."""
+        return len(batch["input_ids"])
+
     # --- training
 
     def loss_sum(self, model: Any, batch: Batch) -> torch.Tensor:
@@ -97,7 +101,7 @@ class WritingTask(Task):
     @torch.no_grad()
     def answers(self, model: Any, batch: Batch) -> list[Any]:
         """What is foretold of the targets of each feature; nothing is written."""
-        made = [Written() for _ in range(len(batch["input_ids"]))]
+        made = [Written() for _ in range(self.rows_in(batch))]
         if "labels" not in batch:
             return made
         aim = self.aim(batch)

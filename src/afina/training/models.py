@@ -104,8 +104,10 @@ def load_processor(source: ModelSource, kind: str, folder: str | Path | None = N
         options = {"backend": "pil"}  # the other one needs torchvision, and gives slightly other numbers
     else:
         options = {}
+    if kind == "speech":
+        return _fetched(source, partial(_speech, folder=folder))
     auto = {"image_processor": "AutoImageProcessor", "feature_extractor": "AutoFeatureExtractor",
-            "processor": "AutoProcessor"}[kind]  # fmt: skip
+            }[kind]  # fmt: skip
     load = partial(getattr(transformers, auto).from_pretrained, **options)
     return load(folder) if folder is not None else _fetched(source, load)
 
@@ -128,6 +130,18 @@ def aim(config: Any, task: Any, base: Any) -> list[str]:
             left = f" (not the {len(every) - len(full)} that work on each channel alone)" if len(full) < len(every) else ""
             return [f"there are no linear layers below the head, so {len(full)} convolutions are adapted instead{left}"]
     return []
+
+
+def _speech(path: str, folder: str | Path | None) -> Any:
+    """The processor of a model that reads sound and writes text; of one without a tokenizer its feature extractor."""
+    from transformers import AutoFeatureExtractor, AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(path if folder is None else folder)
+    except (OSError, ValueError, TypeError, AttributeError):  # what is raised where vocabulary files are lacking
+        if folder is not None:
+            raise
+        return AutoFeatureExtractor.from_pretrained(path)
 
 
 def _fetched(source: ModelSource, load: Any) -> Any:

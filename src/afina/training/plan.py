@@ -69,7 +69,7 @@ def planner_for(
         )
     problems.raise_as(ConfigError)
     assert source is not None
-    made = find_task(recipe.task["name"])
+    made = find_task(recipe.task["name"]).for_base(load_config(source))
     options = made.Options(**{k: v for k, v in recipe.task.items() if k != "name"})
     notes: list[str] = []
     processor = load_processor(source, made.processor_kind) if files else _tokenizer(source)

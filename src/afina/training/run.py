@@ -144,8 +144,7 @@ def _prepared(
     table = None  # the cells that no example holds are let go
     splits = {name: [done.examples[i] for i in rows] for name, rows in done.sides.items()}
 
-    load_config(source)
-    made = find_task(recipe.task["name"])
+    made = find_task(recipe.task["name"]).for_base(load_config(source))
     options = made.Options(**{k: v for k, v in recipe.task.items() if k != "name"})
     learned = made.learn(splits["train"], [*splits["validation"], *splits["test"]])
     named = (source, recipe.task, recipe.data.new_tokens, recipe.start)

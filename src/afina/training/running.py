@@ -33,7 +33,7 @@ from afina.training.engines.engine import Engine
 from afina.training.engines.lost import told_of_lost_processes
 from afina.training.fast_path import fast_path
 from afina.training.loop import Fitted, fit, predict
-from afina.training.models import ModelSource, load_processor
+from afina.training.models import ModelSource, load_config, load_processor
 from afina.training.packing import settle_packing
 from afina.training.parts import settle_parts
 from afina.training.recipe import Recipe
@@ -244,7 +244,7 @@ class Run:
             _let_go(self.model)
             release(device)
         processor = load_processor(self.source, self.task.processor_kind, folder)
-        task = task_from_settings(self.task.settings(), processor)
+        task = task_from_settings(self.task.settings(), processor, load_config(self.source))
         task.storage = self.task.storage
         fresh = PeftModel.from_pretrained(task.load_model(self.source.path), folder, tokenizer=task.tokenizer).to(device)
         length = self.encoded.max_length

@@ -65,8 +65,9 @@ class TrainedRun:
         made = find_task(settings["name"])
         source = find_model(recipe.model, pipeline=made.pipelines)
         processor = load_processor(source, made.processor_kind, folder / "adapter")
-        task = task_from_settings(settings, processor)
-        task.storage = Storage.of(recipe.memory.weights if recipe.memory.weights != "auto" else "fp32", load_config(source))
+        config = load_config(source)
+        task = task_from_settings(settings, processor, config)
+        task.storage = Storage.of(recipe.memory.weights if recipe.memory.weights != "auto" else "fp32", config)
         return recipe, task, source
 
     @property

@@ -30,7 +30,7 @@ def fit_embeddings(model: Any, tokenizer: Any, config: AdapterConfig, asked: str
     the method cannot train single rows.
     """
     notes: list[str] = []
-    if tokenizer is None or (embeddings := model.get_input_embeddings()) is None:
+    if tokenizer is None or (embeddings := _embeddings(model)) is None:
         return notes
     rows, needed = int(embeddings.weight.shape[0]), max(tokenizer.get_vocab().values()) + 1
     if needed > rows:
@@ -51,6 +51,14 @@ def fit_embeddings(model: Any, tokenizer: Any, config: AdapterConfig, asked: str
             notes.append(f"the {role} token is {here} ({token}), as the tokenizer has it; the model was made with {there}")
             setattr(model.config, f"{role}_token_id", here)
     return notes
+
+
+def _embeddings(model: Any) -> Any:
+    """The embeddings of tokens; None where a model reads none."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
 
 
 def _train_rows(model: Any, config: Any, rows: list[int]) -> None:
