@@ -53,26 +53,28 @@ def _t5() -> Any:
     return T5EncoderModel(T5Config(vocab_size=20, d_model=28, d_kv=7, d_ff=22, num_layers=1, num_heads=2))
 
 
-def _vae(channels: int) -> Any:
+def _vae(channels: int, side: int, wide: int) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(6, 10), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=channels, norm_num_groups=2, sample_size=SIDE, shift_factor=0.1 if channels > 4 else None,
+        block_out_channels=(6 * wide, 10 * wide), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=channels, norm_num_groups=2, sample_size=side,
+        shift_factor=0.1 if channels > 4 else None,
     )  # fmt: skip
 
 
-def _unet(**more: Any) -> Any:
+def _unet(side: int, wide: int, **more: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
-        block_out_channels=(10, 14), layers_per_block=1, sample_size=SIDE // 2, norm_num_groups=2, attention_head_dim=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **more
+        block_out_channels=(10 * wide, 14 * wide), layers_per_block=1, sample_size=side // 2, norm_num_groups=2,
+        attention_head_dim=2, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **more,
     )  # fmt: skip
 
 
-def make_pipeline(family: str) -> Any:
-    """A random pipeline."""
+def make_pipeline(family: str, side: int = SIDE, wide: int = 1) -> Any:
+    """A random pipeline for pictures of `side` pixels; its autoencoder and what is trained `wide` times as wide."""
     import diffusers as d
 
     torch.manual_seed(0)
@@ -80,34 +82,36 @@ def make_pipeline(family: str) -> Any:
     scheduler = d.DDIMScheduler(clip_sample=False, steps_offset=1)
     if family == "sd":
         return d.StableDiffusionPipeline(
-            vae=_vae(4), unet=_unet(cross_attention_dim=14), scheduler=scheduler, **texts,
+            vae=_vae(4, side, wide), unet=_unet(side, wide, cross_attention_dim=14), scheduler=scheduler, **texts,
             safety_checker=None, feature_extractor=None, requires_safety_checker=False,
         )  # fmt: skip
     if family == "sdxl":
         unet = _unet(
-            cross_attention_dim=28, addition_embed_type="text_time", addition_time_embed_dim=4,
+            side, wide, cross_attention_dim=28, addition_embed_type="text_time", addition_time_embed_dim=4,
             projection_class_embeddings_input_dim=4 * 6 + 14,
         )  # fmt: skip
         return d.StableDiffusionXLPipeline(
-            vae=_vae(4), unet=unet, scheduler=scheduler, text_encoder_2=_clip(projection=True),
+            vae=_vae(4, side, wide), unet=unet, scheduler=scheduler, text_encoder_2=_clip(projection=True),
             tokenizer_2=_clip_tokenizer(), **texts,
         )  # fmt: skip
     scheduler = d.FlowMatchEulerDiscreteScheduler(shift=3.0)
     if family == "sd3":
         transformer = d.SD3Transformer2DModel(
-            sample_size=SIDE // 2, patch_size=2, in_channels=5, num_layers=2, attention_head_dim=14, num_attention_heads=2,
-            joint_attention_dim=28, caption_projection_dim=28, pooled_projection_dim=28, out_channels=5,
-            pos_embed_max_size=SIDE // 4,
+            sample_size=side // 2, patch_size=2, in_channels=5, num_layers=2, attention_head_dim=14,
+            num_attention_heads=2 * wide, joint_attention_dim=28, caption_projection_dim=28 * wide,
+            pooled_projection_dim=28, out_channels=5, pos_embed_max_size=side // 4,
         )  # fmt: skip
         return d.StableDiffusion3Pipeline(
-            transformer, scheduler, _vae(5), texts["text_encoder"], texts["tokenizer"], _clip(projection=True),
+            transformer, scheduler, _vae(5, side, wide), texts["text_encoder"], texts["tokenizer"], _clip(projection=True),
             _clip_tokenizer(), _t5(), _t5_tokenizer(),
         )  # fmt: skip
     transformer = d.FluxTransformer2DModel(
-        patch_size=1, in_channels=20, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        patch_size=1, in_channels=20, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2 * wide,
         joint_attention_dim=28, pooled_projection_dim=14, axes_dims_rope=(4, 6, 6), guidance_embeds=True,
     )  # fmt: skip
-    return d.FluxPipeline(scheduler, _vae(5), texts["text_encoder"], texts["tokenizer"], _t5(), _t5_tokenizer(), transformer)
+    return d.FluxPipeline(
+        scheduler, _vae(5, side, wide), texts["text_encoder"], texts["tokenizer"], _t5(), _t5_tokenizer(), transformer
+    )
 
 
 def save_sd(folder: Path) -> None:

@@ -107,7 +107,9 @@ def test_pictures_before_and_after_are_in_the_report(done):
     _, run, metrics = done
     (shown,) = metrics["pictures"]
     assert (run.output / shown["before"]).read_bytes() != (run.output / shown["after"]).read_bytes()
-    assert (run.output / "report.html").read_text().count("data:image/png;base64") == 2
+    page = (run.output / "report.html").read_text()
+    assert page.count("data:image/png;base64") == 2
+    assert "No picture is held out" in page
 
 
 def anything(shapes, chance, family):

@@ -73,10 +73,12 @@ def quiet() -> None:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    for name in ("transformers", "accelerate", "huggingface_hub", "torchao", "torch.utils._pytree", "DeepSpeed"):
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # its import undoes a level that was set before
+    for name in ("transformers", "accelerate", "huggingface_hub", "diffusers", "peft", "bitsandbytes", "torchao",
+                 "torch.utils._pytree", "DeepSpeed"):  # fmt: skip
         logging.getLogger(name).setLevel(logging.ERROR)
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module=r"(transformers|huggingface_hub|accelerate|torch)(\.|$)")
+    warnings.filterwarnings("ignore", module=r"(transformers|huggingface_hub|accelerate|diffusers|peft|torchao|torch)(\.|$)")

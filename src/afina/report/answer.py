@@ -84,7 +84,9 @@ def _trust(run: RunFolder, key: str, known: Intervals, test: dict[str, Any]) -> 
         said.append(f"Macro F1 is {test['macro_f1']:.3f}{ends}.")
     if run.figures[key].better < 0:
         said.append("Less is better.")
-    return " ".join([*said, "The test rows were read once, after training."])
+    learned = "No picture is held out: these are those that it learned from."
+    said.append(learned if run.task == "dreambooth" else "The test rows were read once, after training.")
+    return " ".join(said)
 
 
 def _bars(run: RunFolder, key: str, between: tuple[float, float] | None) -> Markup | None:
