@@ -167,8 +167,8 @@ def render(results: dict[str, Any]) -> str:
         f"Measured on {where['date']}: {where['cpu']}, {where['threads']} thread(s), Python {where['python']}; {versions}.",
         table(["", "trained", "loss, base", "loss, adapter", "diffusers beside ours", "adapter beside base",
                "Kohya's form", "took"], rows),
-        f"{steps} steps of five pictures of {SIDE} pixels and five of the class, LoRA r=8 on every linear layer of a UNet's, "
-        "on the attention of a transformer's (Kohya's form names no others). Targets: "
+        f"{steps} steps of five pictures of {SIDE} pixels and five of the class, LoRA r=8 on every linear layer of a UNet, "
+        "on the attention of a transformer (Kohya's form names no others). Targets: "
         f"the loss falls, diffusers draws the same to {SAME:g}, Kohya's file comes back with the same bits: "
         f"{'met' if good else 'not met'}. Lines on the standard error stream, of all commands: {quiet}.",
         "Stable Diffusion 1.5 in its true size, planned (weights in float32, one picture of 512 pixels a step, blocks "
