@@ -51,7 +51,7 @@ def measured(run: Path, name: str, folder: Path, rounds: int) -> dict[str, Any]:
 
     done = export(run, name, folder / name, Settings(max_drop=1.0))
     made, golden = find_format(name), read_golden(folder / name)
-    task = task_from_settings(golden["task"], made.tokenizer(folder / name))
+    task = task_from_settings(golden["task"], made.processor(folder / name))
     trained, model = TrainedRun.load(run), made.load(folder / name, task)
     figures = {}
     for side in ("validation", "test"):

@@ -28,14 +28,14 @@ from afina.data.read import read_table
 from afina.errors import CheckpointError, ConfigError, MergeError, Problems
 from afina.export.format import Settings, Source
 from afina.export.formats import FORMATS, find_format
-from afina.export.golden import Replay, chosen, read_golden, record, replay, write_golden
-from afina.export.measures import Speed, alternated, drop, figures_of
+from afina.export.golden import Replay, chosen, keep_files, read_golden, record, replay, write_golden
+from afina.export.measures import Speed, alternated, drop, figures_of, with_references
 from afina.export.merged import asked_dtype, read_merged, write_merged
 from afina.memory.storage import FLOATS, Storage, stored_as
 from afina.model import PeftModel
-from afina.tasks.catalogue import task_from_settings
+from afina.tasks.catalogue import find_task, task_from_settings
 from afina.tasks.task import Encoded, Figure
-from afina.training.models import find_model, load_config, load_tokenizer
+from afina.training.models import find_model, load_config, load_processor
 from afina.training.recipe import read_recipe
 from afina.training.trained import TrainedRun
 
@@ -90,12 +90,6 @@ def export(
     if trained.task.pipelines != made.pipelines:
         fitting = ", ".join(name for name, other in FORMATS.items() if other.pipelines == trained.task.pipelines)
         raise ConfigError(f"--format {name}: {run} is a run of {trained.task.name}, which is exported as {fitting}")
-    if trained.task.not_exported:
-        raise ConfigError(
-            f"--format {name}: {run} is a run of {trained.task.name}, which is not exported yet "
-            f"({trained.task.not_exported}); {run / 'adapter'} is read by PEFT and afina, and "
-            "`PeftModel.merge_and_unload` puts it into the weights"
-        )
     settings = replace(settings, stored=trained.task.storage.weights)
     _check_base(settings)
     measured = made.rounds(settings) or (settings.quantised and made.merged)
@@ -120,6 +114,7 @@ def export(
         tell(f"writing {made.name}")
         before = read_merged(work) if made.timed else None
         made.write(source, artefact)
+        keep_files(task, known.golden, artefact)
         tell("asking what was written")
         replayed, loaded, own = replay(made, artefact, known.golden, settings)
         done = Exported(output, name, made.weights(artefact), merged_bytes, replayed, notes=source.notes)
@@ -191,6 +186,8 @@ def _ask(trained: TrainedRun, *, measured: bool) -> _Known:
     golden = record(model, task, chosen(task, examples, length, limit), length, limit)
     golden |= {"base": trained.recipe.model, "weights": task.storage.weights}
     encoded = task.encode(examples, length, limit)
+    if measured and task.refers:  # what was made has no reference any more
+        encoded.features = with_references(model, task, encoded.features)
     figures = figures_of(model, task, examples, encoded.features) if measured else {}
     return _Known(golden, examples, encoded, figures, trained.recipe.training.best or next(iter(task.figures)))
 
@@ -293,7 +290,7 @@ def _merge(run: Path, known: _Known, work: Path, settings: Settings, dtype: torc
 
 def _inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What of a batch the model itself reads."""
-    names = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids")
+    names = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "pixel_values")
     return {name: batch[name] for name in names if name in batch}
 
 
@@ -310,7 +307,8 @@ def _reload(run: Path) -> TrainedRun:
     recipe = read_recipe(run / "recipe.yaml")
     source = find_model(recipe.model)
     settings = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["task"]
-    task = task_from_settings(settings, load_tokenizer(source, run / "adapter"))
+    processor = load_processor(source, find_task(settings["name"]).processor_kind, run / "adapter")
+    task = task_from_settings(settings, processor)
     own = next((name for name, kind in FLOATS.items() if kind == load_config(source).dtype), "fp32")
     task.storage = Storage(own)
     model = PeftModel.from_pretrained(task.load_model(source.path), run / "adapter", tokenizer=task.tokenizer)
@@ -328,7 +326,8 @@ def _measure(done: Exported, known: _Known, task: Any, loaded: Any, before: Any,
     done.titles = {key: task.figures[key] for key in done.figures}
     if before is not None:
         done.speed = alternated(before, loaded, task, known.encoded.features)
-    figure, (was, now) = task.figures[known.best], done.figures[known.best]
+    best = known.best if known.best in done.figures else next(iter(done.figures))  # a divergence is measured of a run alone
+    figure, (was, now) = task.figures[best], done.figures[best]
     if (lost := drop(figure, was, now)) > settings.max_drop:
         raise CheckpointError(
             f"{figure.title} on the {done.rows} validation rows went from {figure.shown(was)} to {figure.shown(now)}, which "

@@ -16,6 +16,7 @@ from afina.core.merge_error import MAX_ERROR
 from afina.errors import CheckpointError
 from afina.memory.storage import FLOATS
 from afina.tasks.task import Task
+from afina.training.models import ModelSource, load_processor
 
 __all__ = ["Format", "Settings", "Source", "model_class"]
 
@@ -75,11 +76,10 @@ class Format(ABC):
     def load(self, folder: Path, task: Task) -> Any:
         """The artefact in its own runtime, called as a model of transformers is. Raises CheckpointError for a broken one."""
 
-    def tokenizer(self, folder: Path) -> Any:
-        """The tokenizer inside the artefact."""
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(folder)
+    def processor(self, folder: Path, kind: str = "tokenizer") -> Any:
+        """What makes the model's input, as it lies inside the artefact; see `Task.processor_kind`."""
+        name = str(folder)
+        return load_processor(ModelSource(name, name, name), kind, folder)
 
     def stops(self, model: Any) -> list[int]:
         """Tokens at which the artefact stops by its own settings."""
@@ -93,8 +93,9 @@ class Format(ABC):
 
     def weights(self, folder: Path) -> int:
         """Bytes of the artefact, but for what is only told about it."""
-        told = ("golden.json", "export.json", "README.md")
-        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name not in told)
+        told = ("golden", "golden.json", "export.json", "README.md")
+        paths = (p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).parts[0] not in told)
+        return sum(path.stat().st_size for path in paths)
 
 
 def model_class(folder: Path) -> Any:

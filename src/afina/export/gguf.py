@@ -23,6 +23,7 @@ import torch
 
 from afina.errors import CheckpointError, ConfigError, MissingDependencyError, did_you_mean, shortened
 from afina.export.format import Format, Settings, Source
+from afina.tasks.causal_lm import CausalLM
 from afina.tasks.task import Task
 
 __all__ = ["ARCHITECTURES", "QUANTISATIONS", "Gguf", "add_architecture", "architecture_of", "converted", "read_tokenizer"]
@@ -309,9 +310,10 @@ class Gguf(Format):
 
     def check(self, task: Task, config: Any, settings: Settings) -> None:
         """A model that continues text, of an architecture that can be checked, and a type that can be made."""
-        if task.name != "causal_lm":
+        if not isinstance(task, CausalLM):
             raise ConfigError(
-                f"--format {self.name} is for models that continue text (causal_lm); this run is of the task {task.name}. "
+                f"--format {self.name} is for models that continue text (causal_lm and policies); this run is of the task "
+                f"{task.name}. "
                 "For a CPU take --format int8 or onnx-int8"
             )
         architecture_of(config)
@@ -383,7 +385,7 @@ class Gguf(Format):
             raise CheckpointError(f"{folder / FILE} was read by transformers, but lacks {shortened(wrong)}")
         return model.eval()
 
-    def tokenizer(self, folder: Path) -> Any:
+    def processor(self, folder: Path, kind: str = "tokenizer") -> Any:
         """See `read_tokenizer`."""
         return read_tokenizer(folder / FILE)
 

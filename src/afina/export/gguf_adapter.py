@@ -117,7 +117,7 @@ class GgufAdapter(Gguf):
         model.generation_config.eos_token_id = ends
         return model.eval()
 
-    def tokenizer(self, folder: Path) -> Any:
+    def processor(self, folder: Path, kind: str = "tokenizer") -> Any:
         """Beside the adapter."""
         from transformers import AutoTokenizer
 

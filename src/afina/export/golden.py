@@ -1,9 +1,10 @@
 """Golden prompts: some rows with the model's answers, kept in the artefact and asked of it through its own runtime (T19).
 
 A row is kept with the tokens it became, so that a tokenizer that splits otherwise is told apart from weights that answer
-otherwise. Of each row are kept: `outputs`, the numbers that two equal models agree on; `answer`, what a person is told,
-read in one padded batch of all rows; and `continuation`, what a model that writes writes greedily. Each is kept twice: as
-the run answered, and as the artefact did when it was made, which it has to repeat later.
+otherwise; of what is no text, with the sizes it is read at. Files that a row names (pictures) are kept in the artefact, so
+that it can be asked anywhere. Of each row are kept: `outputs`, the numbers that two equal models agree on; `answer`, what a
+person is told, read in one padded batch of all rows; and `continuation`, what a model that writes writes greedily. Each is
+kept twice: as the run answered, and as the artefact did when it was made, which it has to repeat later.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +26,18 @@ from afina.core.files import write_atomically
 from afina.data.example import Example
 from afina.errors import CheckpointError, Problems, shortened
 from afina.export.format import Format, Settings
-from afina.tasks.catalogue import task_from_settings
-from afina.tasks.task import Rows, Task
+from afina.tasks.catalogue import find_task, task_from_settings
+from afina.tasks.task import Batch, Feature, Rows, Task, length_of
 
-__all__ = ["GOLDEN", "Replay", "ask_rows", "chosen", "read_golden", "record", "replay", "write_golden"]
+__all__ = ["GOLDEN", "Replay", "ask_rows", "chosen", "keep_files", "read_golden", "record", "replay", "write_golden"]
 
 GOLDEN = "golden.json"
+FILES = "golden"  # the files that rows name
 VERSION = 1
 _TOKENS = 24  # written on of a golden prompt
 _WINDOWS = 3  # features of one row at most
 _OF_EACH = 4  # labels that have a row of their own
+_NUMBERS = 4096  # of the outputs of one feature, evenly spread where there are more (pixels)
 _EXACT = 1e-3  # where probabilities may differ by more, tokens that are as likely as each other may change places
 _MERGED = 0.2  # of probabilities, in the mean, where a quantised base became a floating-point one
 _REPEATED = 1e-3  # an artefact repeats its own answers within this
@@ -48,9 +52,10 @@ def chosen(task: Task, examples: Sequence[Example], length: int, limit: int) -> 
     features = task.encode(examples, length, limit).features
     tokens = [0] * len(examples)
     for feature in features:
-        tokens[feature["row"]] += len(feature["input_ids"])
+        tokens[feature["row"]] += length_of(feature)
     order = sorted(range(len(examples)), key=lambda i: (tokens[i], i))
-    found = {"shortest": order[0], "longest": order[-1], "typical": order[len(order) // 2]}
+    ends = ("shortest", "longest") if tokens[order[0]] < tokens[order[-1]] else ("first", "last")
+    found = {ends[0]: order[0], ends[1]: order[-1], "typical": order[len(order) // 2]}
     foreign = [sum(ord(c) > 127 for c in e.text) for e in examples]
     if any(foreign):
         found["letters beyond ASCII"] = max(range(len(examples)), key=lambda i: (foreign[i], -i))
@@ -83,8 +88,10 @@ def _short(task: Task) -> Task:
     """The task, for a few greedy tokens."""
     if not hasattr(task.options, "max_new_tokens"):
         return task
-    other = task_from_settings(task.settings(), task.tokenizer)
-    other.options = dataclasses.replace(task.options, max_new_tokens=_TOKENS, num_beams=1)
+    other = task_from_settings(task.settings(), task.processor)
+    known = {field.name for field in dataclasses.fields(task.options)}
+    few = {"max_new_tokens": _TOKENS, "num_beams": 1}
+    other.options = dataclasses.replace(task.options, **{key: value for key, value in few.items() if key in known})
     other.storage = task.storage
     return other
 
@@ -98,15 +105,16 @@ def _answers(model: Any, task: Task, examples: Sequence[Example], length: int, l
     for feature in features:
         own[feature["row"]].append(feature)
     kept = [{**f, "row": i} for i, fs in enumerate(own) for f in fs[:_WINDOWS]]
-    joined = ask_rows(model, task, examples, kept, len(kept))
+    writes = hasattr(task, "ends")
+    joined = [None] * len(examples) if writes else ask_rows(model, task, examples, kept, len(kept))
     made = []
     for i, (example, answer) in enumerate(zip(examples, joined, strict=True)):
         windows = [f for f in kept if f["row"] == i]
-        outputs = [_listed(task.outputs(model, task.collate([{**f, "row": 0}]))) for f in windows]
-        ids = [[f[key] for key in ("input_ids", "decoder_ids", "pair_ids") if key in f] for f in windows]
-        one: dict[str, Any] = {"tokens": ids, "outputs": outputs, "answer": task.respond(answer, example)}
-        if hasattr(task, "ends"):
-            one["answer"] = {}
+        batches = [task.collate([{**f, "row": 0}]) for f in windows]
+        outputs = [_listed(task.outputs(model, batch)) for batch in batches]
+        ids = [_read(f, batch) for f, batch in zip(windows, batches, strict=True)]
+        one: dict[str, Any] = {"tokens": ids, "outputs": outputs, "answer": {} if writes else task.respond(answer, example)}
+        if writes:
             question = dataclasses.replace(example, label="")
             asked = task.encode([question], task.asked_length(length, limit), limit).features
             (written,) = task.final_answers(model, task.collate(asked))
@@ -115,8 +123,15 @@ def _answers(model: Any, task: Task, examples: Sequence[Example], length: int, l
     return made
 
 
+def _read(feature: Feature, batch: Batch) -> list[Any]:
+    """The token ids of a feature; of what is no text, the sizes that the model reads it at."""
+    ids = [feature[key] for key in ("input_ids", "decoder_ids", "pair_ids") if key in feature]
+    return ids or [list(values.shape[1:]) for key, values in batch.items() if key != "labels"]
+
+
 def _listed(values: torch.Tensor) -> list[float]:
-    return [round(float(v), 6) for v in values.flatten()]
+    flat = values.flatten()
+    return [round(float(v), 6) for v in flat[:: max(1, -(-len(flat) // _NUMBERS))]]
 
 
 # --- what is kept
@@ -135,13 +150,35 @@ def record(model: Any, task: Task, rows: Sequence[tuple[str, Example]], length: 
         "task": settings,
         "length": length,
         "limit": limit,
-        "chat_template": task.tokenizer.chat_template,
+        "chat_template": _template(task.processor),
         "stop_tokens": {str(task.tokenizer.convert_ids_to_tokens(stop)): stop for stop in stops},
         "prompts": [
             {"why": why, "row": dict(example.row), "line": example.line, "run": answer}
             for (why, example), answer in zip(rows, answers, strict=True)
         ],
     }
+
+
+def keep_files(task: Task, golden: dict[str, Any], folder: Path) -> None:
+    """Copy the files that the prompts name into the artefact; the prompts name the copies from then on."""
+    for i, prompt in enumerate(golden["prompts"]):
+        for role in task.kind.media.keys() & prompt["row"].keys():
+            if path := prompt["row"][role]:
+                kept = Path(FILES) / f"{i}-{role}{Path(path).suffix}"
+                (folder / FILES).mkdir(exist_ok=True)
+                shutil.copyfile(path, folder / kept)
+                prompt["row"][role] = kept.as_posix()
+
+
+def _with_paths(task: Task, folder: Path, row: Mapping[str, str]) -> dict[str, str]:
+    """A row whose files are found from here."""
+    return {role: str(folder / text) if text and role in task.kind.media else text for role, text in row.items()}
+
+
+def _template(processor: Any) -> str | None:
+    """The chat template of a tokenizer, or of what holds one."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return getattr(tokenizer, "chat_template", None)
 
 
 def _bare(model: Any) -> Any:
@@ -215,20 +252,21 @@ def replay(
         _check_files(folder, golden, problems)
         problems.raise_as(CheckpointError, "Export the run again, or take an untouched copy.")
     try:
-        task = task_from_settings(golden["task"], made.tokenizer(folder))
+        task = task_from_settings(golden["task"], made.processor(folder, find_task(golden["task"]["name"]).processor_kind))
         model = made.load(folder, task)
     except Exception as error:  # libraries raise kinds of their own for a broken file
         problems.add(f"it cannot be read: {str(error).strip()[:500]}")
         problems.raise_as(CheckpointError)
         raise
-    _check_template(made, folder, golden, problems)
+    _check_template(made, folder, task, golden, problems)
     if golden["stop_tokens"]:
         missing = [t for t, i in golden["stop_tokens"].items() if i not in made.stops(model)]
         if missing:
             problems.add(f"it does not stop at {', '.join(missing)}, where the run's model does")
     problems.raise_as(CheckpointError)
-    rows = [task.kind.make(prompt["row"], prompt["line"]) for prompt in golden["prompts"]]
-    rows = [dataclasses.replace(e, row=p["row"]) for e, p in zip(rows, golden["prompts"], strict=True)]
+    given = [_with_paths(task, folder, prompt["row"]) for prompt in golden["prompts"]]
+    rows = [task.kind.make(row, prompt["line"]) for row, prompt in zip(given, golden["prompts"], strict=True)]
+    rows = [dataclasses.replace(e, row=row) for e, row in zip(rows, given, strict=True)]
     answers = _answers(model, task, rows, golden["length"], golden["limit"])
     largest, differences, same = 0.0, list[float](), 0
     rounding, loose = made.tolerance(folder, settings), made.rounds(settings) or settings.quantised
@@ -266,9 +304,9 @@ def _check_files(folder: Path, golden: Mapping[str, Any], problems: Problems) ->
         problems.add(f"{name} was not written by the export")
 
 
-def _check_template(made: Format, folder: Path, golden: Mapping[str, Any], problems: Problems) -> None:
+def _check_template(made: Format, folder: Path, task: Task, golden: Mapping[str, Any], problems: Problems) -> None:
     """A task puts its own template into the tokenizer: what is inside the artefact is read apart."""
-    inside = made.tokenizer(folder).chat_template
+    inside = _template(made.processor(folder, task.processor_kind))
     if inside != golden["chat_template"]:
         found = "none" if inside is None else f"{inside[:80]!r}"
         problems.add(f"the chat template inside it is {found}, where the run's is {str(golden['chat_template'])[:80]!r}")
@@ -299,14 +337,20 @@ def _problem(then: Mapping[str, Any], now: Mapping[str, Any], tolerance: float, 
 
 def _apart(then: Any, now: Any, tolerance: float) -> str | None:
     """Where two answers differ; numbers may by `tolerance`, of their size where they are larger than 1."""
-    if isinstance(then, Mapping) and isinstance(now, Mapping) and set(then) == set(now):
-        return next((found for key in then if (found := _apart(then[key], now[key], tolerance))), None)
+    if isinstance(then, Mapping) and isinstance(now, Mapping) and _like(then, now):
+        keys = {**then, **now}
+        return next((found for key in keys if (found := _apart(then.get(key, 0.0), now.get(key, 0.0), tolerance))), None)
     if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
         return next((found for a, b in zip(then, now, strict=True) if (found := _apart(a, b, tolerance))), None)
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (then, now))
     if numbers and abs(then - now) <= tolerance * max(1.0, abs(then)):
         return None
     return None if then == now else f"{str(now)[:80]} for {str(then)[:80]}"
+
+
+def _like(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two mappings have the same keys, or hold shares, of which those that are nothing are left out."""
+    return set(one) == set(other) or all(isinstance(v, float) for v in (*one.values(), *other.values()))
 
 
 def _shown(prompt: Mapping[str, Any], problem: str) -> str:

@@ -62,7 +62,7 @@ class _LoraFile(Format):
     def _into(self, model: Any, config: PipelineConfig, file: Path) -> Any:
         return with_file(model, config, file)
 
-    def tokenizer(self, folder: Path) -> Any:
+    def processor(self, folder: Path, kind: str = "tokenizer") -> Any:
         about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
         return load_part(pipeline_config(about["base"]), "tokenizer")
 

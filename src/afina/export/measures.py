@@ -14,7 +14,7 @@ from afina.data.example import Example
 from afina.export.golden import ask_rows
 from afina.tasks.task import Feature, Figure, Task
 
-__all__ = ["Speed", "alternated", "drop", "figures_of"]
+__all__ = ["Speed", "alternated", "drop", "figures_of", "with_references"]
 
 _BATCH = 16  # rows read at once where speed is measured
 _BATCHES, _ROUNDS = 4, 7
@@ -24,6 +24,17 @@ def figures_of(model: Any, task: Task, examples: Sequence[Example], features: Se
     """The figures of the task that are shown, of labelled rows."""
     made = task.metrics(ask_rows(model, task, examples, features), examples)
     return {key: made[key] for key in task.figures if made.get(key) is not None}
+
+
+@torch.no_grad()
+def with_references(model: Any, task: Task, features: Sequence[Feature]) -> list[Feature]:
+    """The features of a policy with what its reference makes of them, so that figures can be made without one."""
+    made: list[Feature] = []
+    for start in range(0, len(features), _BATCH):
+        some = features[start : start + _BATCH]
+        answers = task.reference_answers(model, task.collate(some))
+        made += [{**f, "reference": answer} for f, answer in zip(some, answers, strict=True)]
+    return made
 
 
 def drop(figure: Figure, before: float, after: float) -> float:

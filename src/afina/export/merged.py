@@ -174,7 +174,8 @@ def _finite(tensor: torch.Tensor) -> bool:
 
 
 def write_merged(model: Any, task: Task, folder: Path, *, dtype: torch.dtype | None = None, shard: int = SHARD) -> None:
-    """A folder that transformers reads: weights, configuration, tokenizer with chat template, stop tokens, pooling.
+    """A folder that transformers reads: weights, configuration, tokenizer with chat template or what else makes the input,
+    stop tokens, pooling.
 
     `model` is a PeftModel whose base lies on the CPU in a floating-point type; it cannot be used afterwards.
     """
@@ -193,7 +194,7 @@ def write_merged(model: Any, task: Task, folder: Path, *, dtype: torch.dtype | N
         settings.pad_token_id = task.tokenizer.pad_token_id
         settings._from_model_config = False
         settings.save_pretrained(folder)
-    task.tokenizer.save_pretrained(folder)
+    task.processor.save_pretrained(folder)
     if hasattr(task, "pooling"):
         _write_pooling(folder, task.pooling, config.hidden_size, task.tokenizer.model_max_length)
 

@@ -1,6 +1,7 @@
 """ONNX, for onnxruntime and whatever else reads it: any batch, any length, and the task's own answers beside the scores.
 
-Inputs are `input_ids`, `attention_mask` and, where the tokenizer makes them, `token_type_ids`, each int64 `[rows, tokens]`.
+Inputs are `input_ids`, `attention_mask` and, where the tokenizer makes them, `token_type_ids`, each int64 `[rows, tokens]`;
+of pictures `pixel_values`, float32 `[rows, channels, height, width]`, at the size that the image processor makes.
 Outputs are what the model returns (`logits`; `start_logits` and `end_logits`; `last_hidden_state`), and what is answered
 with: `probabilities` of classes and tags, `value` in the unit of the file, `sentence_embedding` of length 1. A model that
 writes gives logits of the next token at every place, and is called once a token; one with an encoder is two files,
@@ -16,7 +17,8 @@ import contextlib
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +30,7 @@ from afina.errors import CheckpointError, ConfigError, MissingDependencyError
 from afina.export.format import Format, Settings, Source
 from afina.export.int8 import copy_rest
 from afina.export.merged import read_merged
+from afina.tasks.causal_lm import CausalLM
 from afina.tasks.pooling import pooled
 from afina.tasks.task import Task
 
@@ -60,7 +63,7 @@ class _Answering(nn.Module):
     def _answers(self, made: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What the run answers with, where that is one function of what the model returns."""
         task, said = self.task, SimpleNamespace(**made)
-        if task.kind.labels in ("class", "classes"):
+        if task.kind.labels in ("class", "classes") and not isinstance(task, CausalLM):
             return {"probabilities": task.outputs(lambda **_: said, {}).float()}
         if task.name == "token_classification":
             return {"probabilities": torch.softmax(said.logits, dim=-1)}
@@ -103,14 +106,28 @@ class _Decoding(nn.Module):
         return (said.logits.float(),)
 
 
+def _given(model: Any, task: Task) -> dict[str, torch.Tensor]:
+    """What the model reads, as it is traced: two rows."""
+    if task.processor_kind == "image_processor":
+        examples = [replace(e, label="") for e in task.stand_ins(task.options) or ()]
+        features = task.encode(examples, None, task.limit(model)).features
+        return {"pixel_values": task.collate(features)["pixel_values"].contiguous()}
+    known = inspect.signature(model.forward).parameters
+    names = [n for n in ("input_ids", "attention_mask", "token_type_ids")
+             if n in known and n in (*task.tokenizer.model_input_names, "attention_mask")]  # fmt: skip
+    ids = torch.full(_WIDTHS, 3)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    return {name: given[name] for name in names}
+
+
 def _traced(
     module: Any, inputs: Mapping[str, torch.Tensor], lengths: Mapping[str, str], path: Path, bytes_: int
 ) -> None:
-    """Write the graph of a module. `lengths` says what the second dimension of each input is called."""
+    """Write the graph of a module. `lengths`: names of the second dimensions that may be any number."""
     import onnx
 
-    rows = torch.export.Dim.DYNAMIC
-    shapes = tuple({0: rows, 1: rows} for _ in inputs)
+    any_ = torch.export.Dim.DYNAMIC
+    shapes = tuple({0: any_, 1: any_} if name in lengths else {0: any_} for name in inputs)
     with torch.no_grad():
         module(*inputs.values())  # tells the names of its outputs
     with _silent():
@@ -124,7 +141,9 @@ def _traced(
     del graph.graph.value_info[:]  # shapes of the trace, which onnxruntime's quantisation would take for those of all calls
     for value in graph.graph.input:
         dimensions = value.type.tensor_type.shape.dim
-        dimensions[0].dim_param, dimensions[1].dim_param = "rows", lengths[value.name]
+        dimensions[0].dim_param = "rows"
+        if value.name in lengths:
+            dimensions[1].dim_param = lengths[value.name]
     onnx.save(graph, path, save_as_external_data=bytes_ > _LARGE, location=f"{path.name}.data" if bytes_ > _LARGE else None)
 
 
@@ -214,7 +233,7 @@ class OnnxModel:
         if "token_type_ids" in wanted and "token_type_ids" not in tensors:
             tensors["token_type_ids"] = torch.zeros_like(tensors["input_ids"])
         names = [value.name for value in session.get_outputs()]
-        made = session.run(names, {key: tensors[key].numpy() for key in wanted})
+        made = session.run(names, {key: tensors[key].contiguous().numpy() for key in wanted})
         return {key: torch.from_numpy(value) for key, value in zip(names, made, strict=True)}
 
     def __call__(self, **tensors: Any) -> Any:
@@ -231,7 +250,10 @@ class OnnxModel:
     def _decoded(self, states: torch.Tensor, mask: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         return self._run(DECODER, decoder_input_ids=ids, encoder_hidden_states=states, encoder_attention_mask=mask)
 
-    def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, generation_config: Any) -> torch.Tensor:
+    def generate(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, generation_config: Any,
+        logits_processor: Sequence[Any] = (),
+    ) -> torch.Tensor:  # fmt: skip
         """The likeliest token, again and again, until every row has come to its end."""
         stops, most = generation_config.eos_token_id, generation_config.max_new_tokens
         ends = torch.tensor(stops if isinstance(stops, list) else [stops])
@@ -250,7 +272,10 @@ class OnnxModel:
             else:
                 logits = self._run(MODEL, input_ids=ids, attention_mask=attention_mask)["logits"]
                 attention_mask = torch.cat([attention_mask, torch.ones((rows, 1), dtype=attention_mask.dtype)], dim=1)
-            following = logits[:, -1].argmax(dim=-1)
+            last = logits[:, -1]
+            for processed in logits_processor:
+                last = processed(ids, last)
+            following = last.argmax(dim=-1)
             following = torch.where(done, generation_config.pad_token_id, following)
             ids = torch.cat([ids, following[:, None]], dim=1)
             done |= torch.isin(following, ends)
@@ -294,13 +319,10 @@ class Onnx(Format):
                 lengths = dict.fromkeys(given, "tokens") | {"decoder_input_ids": "written"}
                 _traced(_Decoding(model), given, lengths, folder / DECODER, bytes_)
             else:
-                known = inspect.signature(model.forward).parameters
-                names = [n for n in ("input_ids", "attention_mask", "token_type_ids")
-                         if n in known and n in (*source.task.tokenizer.model_input_names, "attention_mask")]  # fmt: skip
-                given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
-                given = {name: given[name] for name in names}
-                made = _Answering(model, source.task, tuple(names))
-                _traced(made, given, dict.fromkeys(given, "tokens"), folder / MODEL, bytes_)
+                given = _given(model, source.task)
+                made = _Answering(model, source.task, tuple(given))
+                lengths = {} if "pixel_values" in given else dict.fromkeys(given, "tokens")
+                _traced(made, given, lengths, folder / MODEL, bytes_)
         except (RuntimeError, torch.onnx.OnnxExporterError) as error:
             reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
             raise ConfigError(

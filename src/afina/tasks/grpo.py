@@ -37,7 +37,7 @@ from afina.tasks.head_loss import divergences, has_values, target_losses
 from afina.tasks.policy import Policy
 from afina.tasks.preferences import PROMPTS
 from afina.tasks.prompts import TEMPLATES
-from afina.tasks.reference import reference
+from afina.tasks.reference import has_reference, reference
 from afina.tasks.reward_functions import Rewards, Told, find_rewards
 from afina.tasks.task import IGNORED, Batch, Encoded, Feature, Figure, Rows
 
@@ -75,7 +75,7 @@ class Story:
     text: str
     tokens: int = 0
     reward: float | None = None
-    divergence: float = 0.0
+    divergence: float | None = 0.0  # None where there was no reference to measure it from
     ended: bool = False
 
 
@@ -190,9 +190,10 @@ class GRPO(Policy):
         """Of every process, since rows may lie elsewhere now."""
         self.held = {row: made for one in kept for row, made in one.get("held", {}).items()}
 
-    def _drawn(self, model: Any, prompts: list[list[int]], seeds: Sequence[Sequence[Any]]) -> list[list[int]]:
+    def _drawn(
+        self, model: Any, prompts: list[list[int]], seeds: Sequence[Sequence[Any]], device: torch.device
+    ) -> list[list[int]]:  # fmt: skip
         """The tokens of an answer to each prompt; the numbers that draw it follow from the seeds of its own."""
-        device = next(model.parameters()).device
         chances = torch.stack([_chances((*seed, prompt), self.options.max_new_tokens)
                                for seed, prompt in zip(seeds, prompts, strict=True)])  # fmt: skip
         ids, mask = left_padded([torch.tensor(prompt, device=device) for prompt in prompts], self.tokenizer.pad_token_id)
@@ -209,7 +210,7 @@ class GRPO(Policy):
         made: dict[int, dict[str, Any]] = {}
         if new:
             seeds = [(torch.initial_seed(), self.step, numbers[i], k) for i in new for k in range(group)]
-            answers = self._drawn(model, [prompts[i] for i in new for _ in range(group)], seeds)
+            answers = self._drawn(model, [prompts[i] for i in new for _ in range(group)], seeds, batch["input_ids"].device)
             texts = [self.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
             told = self._told(batch)
             rewards = self.rewards([told[i] for i in new for _ in range(group)], texts, batch["input_ids"].device)
@@ -300,19 +301,25 @@ class GRPO(Policy):
             divergences(model, self.inputs(rows), self.aim(rows), partial(reference, model))
             return []
         prompts = _unpadded(batch)
-        answers = self._drawn(model, prompts, [("figures",)] * len(prompts))
+        answers = self._drawn(model, prompts, [("figures",)] * len(prompts), batch["input_ids"].device)
         ends = set(self.ends(model))
         made = [Story(self.tokenizer.decode(a, skip_special_tokens=True).strip(), len(a), ended=a[-1] in ends)
                 for a in answers]  # fmt: skip
         if "told" in batch:
-            rows = self._as_batch(prompts, answers, batch["input_ids"])
-            aim = self.aim(rows)
-            _, _, apart = divergences(model, self.inputs(rows), aim, partial(reference, model))
-            far = apart.new_zeros(len(prompts)).index_add(0, aim.rows, apart).tolist()
+            far = self._strayed(model, prompts, answers, batch) if has_reference(model) else [None] * len(prompts)
             rewards = self.rewards(self._told(batch), [story.text for story in made], batch["input_ids"].device)
             for story, reward, divergence in zip(made, rewards, far, strict=True):
                 story.reward, story.divergence = reward, divergence
         return made
+
+    def _strayed(
+        self, model: Any, prompts: list[list[int]], answers: list[list[int]], batch: Batch
+    ) -> list[float | None]:  # fmt: skip
+        """The divergence from the reference, summed over the tokens of each answer."""
+        rows = self._as_batch(prompts, answers, batch["input_ids"])
+        aim = self.aim(rows)
+        _, _, apart = divergences(model, self.inputs(rows), aim, partial(reference, model))
+        return apart.new_zeros(len(prompts)).index_add(0, aim.rows, apart).tolist()  # type: ignore[no-any-return]
 
     def final_answers(self, model: Any, batch: Batch) -> list[Any]:
         """As `answers`."""
@@ -328,7 +335,8 @@ class GRPO(Policy):
         rewards = np.asarray([story.reward for story in answers], dtype=float)
         mean = float(rewards.mean())
         spread = 1.96 * float(rewards.std(ddof=1)) / len(rewards) ** 0.5 if len(rewards) > 1 else 0.0
-        far = sum(s.divergence for s in answers) / max(1, sum(s.tokens for s in answers))
+        apart = [s.divergence for s in answers]
+        far = None if None in apart else sum(apart) / max(1, sum(s.tokens for s in answers))
         return {
             "rows": len(examples),
             "reward": mean,
@@ -336,7 +344,7 @@ class GRPO(Policy):
             "kl": far,
             "ended": float(np.mean([story.ended for story in answers])),
             "length": float(np.mean([story.tokens for story in answers])),
-            "loss": self.options.beta * far - mean,
+            "loss": None if far is None else self.options.beta * far - mean,
         }
 
     def baselines(self, train: Rows, test: Rows) -> dict[str, dict[str, Any]]:

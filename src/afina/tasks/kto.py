@@ -144,15 +144,18 @@ class KTO(Policy):
         """How often a good answer has a higher reward than a bad one, by how much, and how far the policy has gone."""
         rewards = np.asarray([self.options.beta * a.ratios[0] for a in answers])
         good = np.asarray([e.label == GOOD for e in examples])
-        distance = max(0.0, float(np.mean([a.divergence for a in answers])))
-        losses = self.losses(torch.tensor([a.ratios[0] for a in answers]).double(), torch.tensor(good), distance)
+        far, loss = self.far(answers), None
+        if far is not None:
+            distance = max(0.0, float(np.mean([a.divergence for a in answers])))
+            ratios = torch.tensor([a.ratios[0] for a in answers]).double()
+            loss = float(self.losses(ratios, torch.tensor(good), distance).mean())
         both = good.any() and not good.all()
         return {
             "rows": len(examples),
             "auc": roc_auc(rewards, good),
             "margin": float(rewards[good].mean() - rewards[~good].mean()) if both else None,
-            "kl": self.far(answers),
-            "loss": float(losses.mean()),
+            "kl": far,
+            "loss": loss,
             **self.written(answers, examples),
         }
 

@@ -63,7 +63,6 @@ class PictureTask(Task):
     processor_kind: ClassVar[str] = "image_processor"
     unit: ClassVar[str] = "pictures"
     reads_files: ClassVar[bool] = True
-    not_exported: ClassVar[str] = "the prompts that an artefact is tried with are texts, not files"
     options: Any
 
     def __init__(self, processor: Any, options: Any = None, learned: Mapping[str, Any] | None = None):

@@ -24,7 +24,7 @@ from afina.errors import DataError
 from afina.tasks.batches import pad_right, padded
 from afina.tasks.causal_lm import AnswerOptions, CausalLM
 from afina.tasks.head_loss import divergences, losses_and_hits, target_losses
-from afina.tasks.reference import reference, without_dropout
+from afina.tasks.reference import has_reference, reference, without_dropout
 from afina.tasks.task import IGNORED, Batch, Encoded, Feature, Rows
 
 __all__ = ["Policy", "PolicyOptions", "Said"]
@@ -48,7 +48,7 @@ class Said:
     policy: list[float]
     reference: list[float]
     tokens: list[int]
-    divergence: float = 0.0
+    divergence: float | None = 0.0  # None where there was no reference to measure it from
     text: str | None = None
 
     @property
@@ -67,7 +67,6 @@ class Policy(CausalLM):
     shows_before = True
     smooths = False
     widens = False
-    not_exported = "its answers are measured against a reference, which an artefact does not hold"
 
     def __init__(self, tokenizer: Any, options: Any = None, learned: Mapping[str, Any] | None = None):
         super().__init__(tokenizer, options, learned)
@@ -209,6 +208,11 @@ class Policy(CausalLM):
         rows = len(batch["answer_at"])
         if "labels" not in batch:
             return [Said([], [], []) for _ in range(rows)]
+        if not has_reference(model):
+            policy, tokens = self.log_probs(model, batch)
+            known = self.referred(model, batch) if self.refers else torch.zeros_like(policy)
+            by_row = (values.view(-1, rows).T.tolist() for values in (policy, known, tokens))
+            return [Said(p, r, [int(n) for n in count], None) for p, r, count in zip(*by_row, strict=True)]
         aim = self.aim(batch)
         own, other, apart = divergences(model, self.inputs(batch), aim, partial(reference, model))
         count = len(batch["input_ids"])
@@ -224,8 +228,10 @@ class Policy(CausalLM):
         """A feature is an example."""
         return list(answers)
 
-    def far(self, answers: Sequence[Any]) -> float:
-        """The divergence from the reference per token, over the whole vocabulary."""
+    def far(self, answers: Sequence[Any]) -> float | None:
+        """The divergence from the reference per token, over the whole vocabulary; None where there was no reference."""
+        if any(a.divergence is None for a in answers):
+            return None
         return sum(a.divergence for a in answers) / max(1, sum(sum(a.tokens) for a in answers))
 
     def written(self, answers: Sequence[Any], examples: Sequence[Example]) -> dict[str, Any]:

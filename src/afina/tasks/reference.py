@@ -15,7 +15,7 @@ from torch import nn
 
 from afina.core.runtime import State
 
-__all__ = ["REFERENCE", "reference", "without_dropout"]
+__all__ = ["REFERENCE", "has_reference", "reference", "without_dropout"]
 
 REFERENCE = "reference"  # the adapter that a run started from
 
@@ -23,13 +23,22 @@ REFERENCE = "reference"  # the adapter that a run started from
 @contextmanager
 def reference(model: Any) -> Iterator[None]:
     """The reference inside the block, without gradients; with every adapter switched off before, it is the base."""
-    while (inner := getattr(model, "module", None)) is not None:
-        model = inner
-    adapters = model.adapters
+    adapters = _inner(model).adapters
     there = REFERENCE in adapters.configs and adapters.runtime.state.enabled
     state = State((REFERENCE,)) if there else State(adapters.active, enabled=False)
     with torch.no_grad(), adapters.runtime.using(state):
         yield
+
+
+def has_reference(model: Any) -> bool:
+    """Whether there is one: a model into which the adapter was merged has none."""
+    return getattr(_inner(model), "adapters", None) is not None
+
+
+def _inner(model: Any) -> Any:
+    while (inner := getattr(model, "module", None)) is not None:
+        model = inner
+    return model
 
 
 def without_dropout(model: nn.Module) -> nn.Module:

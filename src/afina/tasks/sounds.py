@@ -55,7 +55,6 @@ class SoundTask(Task):
     processor_kind: ClassVar[str] = "feature_extractor"
     unit: ClassVar[str] = "samples"
     reads_files: ClassVar[bool] = True
-    not_exported: ClassVar[str] = "the prompts that an artefact is tried with are texts, not files"
     options: Any
 
     def __init__(self, processor: Any, options: Any = None, learned: Mapping[str, Any] | None = None):
