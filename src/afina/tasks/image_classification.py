@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
+from afina.core.config import option
 from afina.data.example import Column, Example, Kind
 from afina.data.pictures import PICTURE
 from afina.tasks.classification import Classification, ClassificationOptions
@@ -21,6 +24,8 @@ __all__ = ["ImageClassification", "ImageClassificationOptions"]
 @dataclasses.dataclass
 class ImageClassificationOptions(PictureOptions, ClassificationOptions):
     """How training pictures are varied, and what is done with probabilities."""
+
+    rotate: float = option(0.0, "turn training pictures by up to so many degrees, either way", low=0.0, high=180.0)
 
 
 def make(row: Mapping[str, str], line: int | str) -> Example:
@@ -51,11 +56,22 @@ class ImageClassification(PictureTask, Classification):
         own = own_labels(path)
         if set(own) == set(self.labels):  # the checkpoint's head knows these classes: it is kept, and so is its order
             self.learned["labels"] = own
-            return load_base(self, AutoModelForImageClassification, path)
-        model = load_base(self, AutoModelForImageClassification, path, **self.heads())
+            return self.check_size(load_base(self, AutoModelForImageClassification, path))
+        model = self.check_size(load_base(self, AutoModelForImageClassification, path, **self.heads()))
         if len(own) == len(self.labels) and not self.storage.empty:
             renew_heads(model, len(own))
         return model
+
+    def varied(self, picture: Any, drawn: random.Random) -> Any:
+        """Turned too, with the mean colour of its corners around it."""
+        from PIL import Image
+
+        if most := self.options.rotate:
+            ends = (0, picture.width - 1), (0, picture.height - 1)
+            corners = np.array([picture.getpixel((x, y)) for x in ends[0] for y in ends[1]])
+            around = tuple(int(v) for v in corners.mean(0).round())
+            picture = picture.rotate(drawn.uniform(-most, most), Image.Resampling.BILINEAR, fillcolor=around)
+        return super().varied(picture, drawn)
 
     def encode(self, examples: Sequence[Example], max_length: int | None, limit: int) -> Encoded:
         """Paths, and labels where examples have them."""

@@ -23,24 +23,33 @@ from torch import nn
 from afina.core.config import option
 from afina.data.example import Example
 from afina.data.pictures import read_picture
-from afina.errors import DataError
+from afina.errors import ConfigError, DataError
 from afina.tasks.task import NO_LIMIT, Batch, Encoded, Feature, Task
 
 __all__ = ["PictureOptions", "PictureTask", "cut_out"]
 
 _SIZE = (640, 480)  # of a picture that stands for any
+_VARYING = ("augment", "rotate", "colour", "hue")  # options that make a training picture another each time
 _ASPECTS = (3 / 4, 4 / 3)
 
 
 @dataclasses.dataclass
 class PictureOptions:
-    """How training pictures are varied."""
+    """How pictures are read, and training pictures are varied."""
 
     augment: str = option(
         "none", "vary training pictures: crop cuts out a part, flip mirrors every second one, crop_and_flip does both",
         choices=("none", "crop", "flip", "crop_and_flip"),
     )  # fmt: skip
     crop: float = option(0.5, "smallest share of a picture's area that a crop keeps", low=0.01, high=1.0)
+    colour: float = option(
+        0.0, "vary brightness, contrast and saturation of training pictures, each by up to this share", low=0.0, high=1.0
+    )  # fmt: skip
+    hue: float = option(0.0, "turn the colours of training pictures by up to this share of the circle", low=0.0, high=0.5)
+    whole: bool = option(
+        False, "read pictures to their edges, where the model's image processor would cut a border away"
+    )  # fmt: skip
+    size: int = option(0, "pixels of a side at which pictures are read; 0: what the model was made for", low=0)
 
 
 def cut_out(size: tuple[int, int], least: float, chance: random.Random) -> tuple[int, int, int, int]:
@@ -66,7 +75,7 @@ class PictureTask(Task):
     options: Any
 
     def __init__(self, processor: Any, options: Any = None, learned: Mapping[str, Any] | None = None):
-        super().__init__(processor, options, learned)
+        super().__init__(reading(processor, options or self.Options()), options, learned)
         self.sizes: dict[tuple[int, int], tuple[int, int]] = {}  # of pictures, and as the model gets them
 
     @classmethod
@@ -80,8 +89,9 @@ class PictureTask(Task):
 
     @property
     def varies(self) -> str:
-        """Where pictures are augmented."""
-        return "" if self.options.augment == "none" else f"task.augment={self.options.augment}"
+        """How pictures are augmented."""
+        asked = {key: value for key, value in vars(self.options).items() if key in _VARYING and value not in ("none", 0.0)}
+        return ", ".join(f"task.{key}={value}" for key, value in asked.items())
 
     def paths(self, model: Any) -> list[str]:
         """Hold the statistics of BatchNorm still, and say so."""
@@ -92,6 +102,17 @@ class PictureTask(Task):
         if not norms:
             return []
         return [f"{len(norms)} BatchNorm layers keep the statistics of the checkpoint, in training too"]
+
+    def check_size(self, model: Any) -> Any:
+        """The model; ConfigError where it reads pictures at one size alone, and another is asked for."""
+        made_for = getattr(model.config, "image_size", None)
+        tables = [n for n, _ in model.named_parameters() if "position_embedding" in n and "relative" not in n]
+        if self.options.size and tables and self.options.size != made_for:
+            raise ConfigError(
+                f"task.size={self.options.size}: {type(model).__name__} has a table of positions for pictures of {made_for} "
+                "pixels, and reads no others; leave it out"
+            )
+        return model
 
     # --- rows
 
@@ -121,11 +142,25 @@ class PictureTask(Task):
         from PIL import Image
 
         drawn = random.Random(chance)
+        picture = self.varied(picture, drawn)
         if "crop" not in self.options.augment:
             return self._flipped(self._processed(picture), drawn)
         box = cut_out(picture.size, self.options.crop, drawn)
         cut = picture.resize(self._size(picture.size), Image.Resampling.BILINEAR, box=box)
         return self._flipped(self._processed(cut, do_resize=False, do_center_crop=False), drawn)
+
+    def varied(self, picture: Any, drawn: random.Random) -> Any:
+        """In another light, and other colours."""
+        from PIL import Image, ImageEnhance
+
+        share = self.options.colour
+        for kind in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color) if share else ():
+            picture = kind(picture).enhance(drawn.uniform(1 - share, 1 + share))
+        if self.options.hue:
+            turn = round(drawn.uniform(-self.options.hue, self.options.hue) * 256)
+            hue, *rest = picture.convert("HSV").split()
+            picture = Image.merge("HSV", (hue.point(lambda v: (v + turn) % 256), *rest)).convert("RGB")
+        return picture
 
     def _size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Width and height of a picture of this size as the model gets it."""
@@ -162,6 +197,24 @@ class PictureTask(Task):
         channels, height, width = self.ready(feature)["pixel_values"].shape
         said = [f"{width} x {height} pixels, {channels} channels"]
         return said, [False]
+
+
+def reading(processor: Any, options: Any) -> Any:
+    """The processor as the options want it: reading at another size, or whole pictures where it would cut a part out."""
+    cuts = bool(getattr(processor, "do_center_crop", False))
+    if not options.size and not (options.whole and cuts):
+        return processor
+    own = dict(processor.crop_size if cuts else processor.size)
+    if not {"height", "width"} <= own.keys():
+        raise ConfigError(f"task.size: {type(processor).__name__} makes pictures of no one size ({own}); leave it out")
+    wanted = {"height": options.size or own["height"], "width": options.size or own["width"]}
+    said: dict[str, Any] = {"size": wanted}
+    if cuts and options.whole:
+        said["do_center_crop"] = False
+    elif cuts:  # as much is cut away as before
+        share = options.size / own["height"]
+        said = {"crop_size": wanted, "size": {key: round(v * share) for key, v in dict(processor.size).items()}}
+    return type(processor).from_dict(processor.to_dict(), **said)
 
 
 def _stays(module: nn.Module) -> Any:

@@ -135,6 +135,7 @@ class SemanticSegmentation(PictureTask):
             self, AutoModelForSemanticSegmentation, path, num_labels=len(names), id2label=names,
             label2id={label: i for i, label in names.items()},
         )  # fmt: skip
+        self.check_size(model)
         if len(own) == len(names) and own != self.labels and not self.storage.empty:
             renew_heads(model, len(own))
         return model
@@ -156,6 +157,7 @@ class SemanticSegmentation(PictureTask):
             said = " x ".join(map(str, mask.shape[::-1]))
             raise DataError(f"{feature['mask']} has {said} pixels, its picture {' x '.join(map(str, picture.size))}")
         drawn = random.Random(chance) if chance is not None and self.varies else None
+        picture = picture if drawn is None else self.varied(picture, drawn)
         if drawn is not None and "crop" in self.options.augment:
             box = cut_out(picture.size, self.options.crop, drawn)
             picture = picture.crop(box)
