@@ -95,12 +95,14 @@ def test_a_query_that_sees_nothing_gives_zeros_and_what_it_is_not_made_for_stays
         wide = [t.detach().float().requires_grad_() for t in inputs]
         assert torch.equal(F.scaled_dot_product_attention(*wide), given(*wide))
         assert (count.asked, count.used) == (3, 0)
+        assert "torch's kernel in all 3 passes" in count.said()
         with torch.no_grad():
             assert torch.equal(F.scaled_dot_product_attention(*inputs), given(*inputs))
         assert count.asked == 3
         with torch.autocast("cpu", torch.bfloat16):  # float32 becomes bfloat16, as for torch
             assert F.scaled_dot_product_attention(*wide).dtype == torch.bfloat16
         assert count.used == 1
+        assert count.said().startswith("in 1 of 4 passes through an attention plain products stood in")
     assert F.scaled_dot_product_attention is given
 
 

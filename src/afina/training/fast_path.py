@@ -96,8 +96,7 @@ def fast_path(
         checkpoints.set_random_states(chance)
         yield notes
         if products is not None and products.asked:
-            share = f"in {products.used} of {products.asked} passes through an attention"
-            notes.append(f"{share} plain products stood in for torch's kernel, which is slower in bf16 on a CPU")
+            notes.append(products.said())
 
 
 def _is_narrow(engine: Engine) -> bool:
