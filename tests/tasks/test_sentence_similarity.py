@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +24,8 @@ from afina.tasks.pooling import find_pooling, pooled
 from afina.tasks.retrieval import figures_of, of_query, ranking
 from afina.tasks.sentence_similarity import SentenceSimilarity
 from afina.tasks.word_search import WordSearch
+from afina.training.recipe import DataOptions, Recipe, TrainingOptions
+from afina.training.run import prepare
 
 NAME = "sentence_similarity"
 
@@ -56,6 +62,38 @@ def scored(count):
 @pytest.mark.parametrize("rows", [pairs_of(17), scored(17)], ids=["pairs", "scores"])
 def test_t25_parts_change_neither_loss_nor_gradients(base, tmp_path, rows):
     check_parts_change_nothing(NAME, base, rows, tmp_path)
+
+
+@pytest.mark.xdist_group("two processes")
+def test_t25_two_processes_and_two_parts_train_what_one_trains(base, tmp_path):
+    """The last step has one pair, so that one process has none of its own."""
+    with (tmp_path / "rows.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in pairs_of(32))
+    recipe = Recipe(
+        task={"name": NAME}, model=str(base), data=DataOptions(file=str(tmp_path / "rows.jsonl")),
+        method={"name": "lora", "r": 3, "target_modules": "all-linear"},
+        training=TrainingOptions(epochs=1, batch_size=7, learning_rate=5e-3, precision="fp32"),
+    )  # fmt: skip
+    run = prepare(recipe, tmp_path / "one")
+    assert len(run.rows["train"].features) % 7 == 1
+    run.execute()
+    (tmp_path / "pairs").mkdir()
+    recipe.training.gradient_accumulation = 2
+    (tmp_path / "pairs" / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+            str(Path(__file__).with_name("two_processes_worker.py")), str(tmp_path),
+        ],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [
+        [line["loss"] for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in line]
+        for folder in (tmp_path / "one", tmp_path / "pairs" / "two")
+    ]
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3, abs=1e-6)
 
 
 def test_t25_the_law_can_fail(base, tmp_path, monkeypatch):
