@@ -90,6 +90,12 @@ def export(
     if trained.task.pipelines != made.pipelines:
         fitting = ", ".join(name for name, other in FORMATS.items() if other.pipelines == trained.task.pipelines)
         raise ConfigError(f"--format {name}: {run} is a run of {trained.task.name}, which is exported as {fitting}")
+    if trained.task.not_exported:
+        raise ConfigError(
+            f"--format {name}: {run} is a run of {trained.task.name}, which is not exported yet "
+            f"({trained.task.not_exported}); {run / 'adapter'} is read by PEFT and afina, and "
+            "`PeftModel.merge_and_unload` puts it into the weights"
+        )
     settings = replace(settings, stored=trained.task.storage.weights)
     _check_base(settings)
     measured = made.rounds(settings) or (settings.quantised and made.merged)
