@@ -15,11 +15,9 @@ shows that gradients come through the int8 base to every adapter, and that what 
 
 from __future__ import annotations
 
-import argparse
 import base64
 import csv
 import itertools
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -28,11 +26,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from classifier import Clock, quiet
-from harness import about, between_markers, table, write_json
+from harness import about, parser_of, put_into, read_json, table, write_json
 
 RESULTS = Path(__file__).parent / "results" / "speech.json"
 PACKAGES = ("afina", "bitsandbytes", "jiwer", "soundfile", "torch", "transformers")
-WHOLE = {"epochs": 40, "batch_size": 16, "learning_rate": 2e-3, "precision": "fp32", "max_truncated": 1.0}
+WHOLE = {"epochs": 120, "batch_size": 16, "learning_rate": 1.5e-3, "precision": "fp32", "max_truncated": 1.0}
 TUNED = {"epochs": 20, "batch_size": 8, "learning_rate": 3e-3, "precision": "fp32", "max_truncated": 1.0}
 MOST = 150  # epochs over nine sentences, to learn them
 
@@ -69,7 +67,7 @@ def small_encoder(folder: Path) -> Path:
 
     torch.manual_seed(0)
     config = tf.WhisperConfig(
-        d_model=96, encoder_layers=3, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+        d_model=192, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
         encoder_ffn_dim=384, decoder_ffn_dim=96, num_mel_bins=40, max_source_positions=50, vocab_size=53, pad_token_id=0,
         bos_token_id=1, eos_token_id=1, decoder_start_token_id=2, classifier_proj_size=96, dropout=0.1,
     )  # fmt: skip
@@ -338,25 +336,21 @@ def render(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, or render what was measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, RESULTS)
     parser.add_argument("--data", type=Path, help="folder audio_speech: fsdd/, metadata.csv and nine sentences")
     parser.add_argument("--tokenizer", type=Path, help="folder with Whisper's multilingual.tiktoken")
     parser.add_argument("--only", choices=["digits", "whisper"])
     parser.add_argument("--weights", default="int8", help="storage of Whisper's frozen weights")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--markdown", type=Path, help="render the file of results into this document and measure nothing")
     options = parser.parse_args()
     if options.markdown:
-        text = options.markdown.read_text(encoding="utf-8")
-        content = render(json.loads(options.output.read_text(encoding="utf-8")))
-        options.markdown.write_text(between_markers(text, "speech", content), encoding="utf-8")
+        put_into(options.markdown, "speech", render(read_json(options.output)))
         return
     if options.data is None or not (options.data / "fsdd").is_dir():
         parser.error("--data: the folder audio_speech")
     tokens = (options.tokenizer or Path()) / "multilingual.tiktoken"
     if options.only != "digits" and not tokens.is_file():
         parser.error("--tokenizer: the folder with multilingual.tiktoken")
-    results = json.loads(options.output.read_text(encoding="utf-8")) if options.output.is_file() else {}
+    results = read_json(options.output) if options.output.is_file() else {}
     quiet()
     results["about"] = about(PACKAGES, 1)
     with tempfile.TemporaryDirectory() as work:
