@@ -81,7 +81,7 @@ def test_fewer_bits_are_measured(exports):
     assert 0 < done.replay.mean < 0.03
     assert "loss" in done.figures
     with pytest.raises(ConfigError, match="Did you mean 'q8_0'"):
-        Gguf().check(find_task("causal_lm"), tf.LlamaConfig(), Settings(quantisation="q80"))
+        Gguf().check(find_task("causal_lm")(language_bases.llama_like()), tf.LlamaConfig(), Settings(quantisation="q80"))
 
 
 @pytest.mark.parametrize("make", [language_bases.llama_like, language_bases.gpt2_like], ids=["llama", "gpt2"])

@@ -313,8 +313,7 @@ class Gguf(Format):
         if not isinstance(task, CausalLM):
             raise ConfigError(
                 f"--format {self.name} is for models that continue text (causal_lm and policies); this run is of the task "
-                f"{task.name}. "
-                "For a CPU take --format int8 or onnx-int8"
+                f"{task.name}. For a CPU take --format int8 or onnx-int8"
             )
         architecture_of(config)
         if settings.quantisation not in QUANTISATIONS:
