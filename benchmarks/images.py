@@ -41,6 +41,8 @@ WAYS: dict[str, Way] = {
     "lora_whole": ("LoRA r=8, pictures read whole at 128 pixels", WHOLE, {"name": "lora"}, {"epochs": 3}),
     "lora_varied": ("LoRA r=8, read so, mirrored, turned, in other light and colours", {**WHOLE, **VARIED}, {"name": "lora"},
                     {"epochs": 6}),
+    "lora_large": ("LoRA r=8, read whole at 224 pixels, varied", {**WHOLE, "size": 224, **VARIED}, {"name": "lora"},
+                   {"epochs": 4}),
 }  # fmt: skip
 
 
