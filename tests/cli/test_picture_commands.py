@@ -79,6 +79,7 @@ def test_what_does_not_go_is_told(trained, folder, afina, tmp_path):
         (("predict", made, "--file", tmp_path / "none.png"), "none.png: there is no such file"),
         (("train", "--data", folder / "rows", "--task", "image_classification", "--model", folder / "vit", "--output",
           tmp_path / "run", "task.augment=crops"), "crop_and_flip"),
+        (("train", "--data", folder / "rows", "--output", tmp_path / "run"), "say --task image_classification"),
         (("train", "--data", folder / "rows", "--task", "image_classification", "--model", folder / "vit", "--output",
           tmp_path / "run", "--max-length", "64"), "--max-length: image_classification reads no tokens"),
     ):  # fmt: skip

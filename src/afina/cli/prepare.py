@@ -53,9 +53,9 @@ def prepare(
     quiet()
     from afina.data.columns import chosen_columns
     from afina.data.divide import divided
-    from afina.data.sources import read_rows
     from afina.errors import ConfigError, DataError, MissingDependencyError, Problems
     from afina.tasks.catalogue import find_task, tasks
+    from afina.tasks.other_files import rows_of
 
     problems = Problems("afina prepare")
     words = [*(arguments or []), *_shares(validation, test, header)]
@@ -65,7 +65,7 @@ def prepare(
     kind = find_task(recipe.task["name"]).kind if recipe.task.get("name") in tasks() else None
     if kind is not None and recipe.data.file:
         try:
-            rows = read_rows(recipe.data, kind)
+            rows = rows_of(recipe.data, kind, typed_as)
             columns = chosen_columns(rows, kind, recipe.data, problems, typed_as)
         except (DataError, MissingDependencyError) as error:
             problems.add(f"{typed_as('data.file')}: {error}")

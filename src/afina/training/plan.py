@@ -19,11 +19,11 @@ import torch
 from afina.data.columns import chosen_columns
 from afina.data.divide import divided as divide_rows
 from afina.data.example import Example
-from afina.data.sources import read_rows
 from afina.errors import ConfigError, Problems
 from afina.memory.measure import resident
 from afina.memory.storage import Storage, settled_weights
 from afina.tasks.catalogue import find_task, tasks
+from afina.tasks.other_files import rows_of
 from afina.tasks.task import Feature, Task, length_of
 from afina.training.cache import encoded_once
 from afina.training.models import ModelSource, find_model, load_config, load_processor, load_tokenizer
@@ -83,7 +83,7 @@ def planner_for(
         add_tokens(processor, recipe.data.new_tokens)
     if has_file:
         kind = made.kind_for(recipe.task)
-        table = read_rows(recipe.data, kind)
+        table = rows_of(recipe.data, kind, spell)
         columns = chosen_columns(table, kind, recipe.data, problems, spell)
         problems.raise_as(ConfigError)
         done = divide_rows(table, kind, recipe.data, columns=columns, seed=recipe.training.seed)

@@ -15,7 +15,6 @@ import torch
 from afina.data.columns import chosen_columns
 from afina.data.divide import divided
 from afina.data.example import Example
-from afina.data.sources import read_rows
 from afina.errors import ConfigError, DataError, MissingDependencyError, Problems, TrainingError, did_you_mean
 from afina.functions import get_peft_model
 from afina.memory.loading import check_library
@@ -23,6 +22,7 @@ from afina.memory.offload import check_offload
 from afina.memory.step import lean_step
 from afina.memory.storage import Storage, settled_weights
 from afina.tasks.catalogue import find_task, tasks
+from afina.tasks.other_files import rows_of
 from afina.tasks.task import Encoded, Rows
 from afina.training import checkpoints
 from afina.training.cache import Part, encoded_once
@@ -90,7 +90,7 @@ def _prepared(
                 problems.add(f"{spell(f'data.{role}')} is missing")
     else:
         try:
-            table = shared.once("rows", recipe.data, lambda: read_rows(recipe.data, kind))
+            table = shared.once("rows", recipe.data, lambda: rows_of(recipe.data, kind, spell))
             columns = chosen_columns(table, kind, recipe.data, problems, spell)
         except (DataError, MissingDependencyError) as error:
             problems.add(f"{spell('data.file')}: {error}")
