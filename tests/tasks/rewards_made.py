@@ -14,6 +14,11 @@ def fails(completions):
     return [1 / len(text.split("never")[1]) for text in completions]
 
 
+def always(completions):
+    return [0.1] * len(completions)
+
+
+
 def too_few(completions):
     return [0.0] * (len(completions) - 1)
 

@@ -29,6 +29,7 @@ from afina.tasks.preferences import BAD, GOOD
 from afina.tasks.reference import REFERENCE, reference
 from afina.tasks.reward_functions import Told, find_rewards
 from afina.training.loop import make_engine, predict
+from afina.training.models import ModelSource, load_tokenizer
 from afina.training.recipe import read_recipe
 from afina.training.run import prepare
 from afina.training.trained import TrainedRun
@@ -428,6 +429,50 @@ def test_the_reward_rises_several_times_over(tmp_path):
     assert metrics["test"]["reward"] > 2 * before > 0
     rewards = [reward for _, reward in losses_and_rewards(tmp_path / "run")]
     assert sum(rewards[-5:]) > 1.5 * sum(rewards[:5])
+
+
+def notices(task, *steps):
+    """What is told of steps with these shares of prompts whose answers are alike in reward."""
+    noted = ({} if even is None else {"even": even, "reward": 0.25} for even in steps)
+    return [task.noticed(i, figures, last=i == len(steps)) for i, figures in enumerate(noted, 1)]
+
+
+def test_rewards_that_tell_nothing_apart_are_told_at_once_and_at_the_end(base):
+    def task():
+        return find_task("grpo")(load_tokenizer(ModelSource(str(base), str(base), str(base))))
+
+    assert notices(task(), *[0.99] * 11) == [[]] * 11
+    first, last = [told for told in notices(task(), 1.0, None, 1.0, 1.0, None, 1.0, 1.0, 1.0) if told]
+    assert first[0].startswith("in the 5 steps up to step 7 all answers to a prompt got the same reward (0.25 on average)")
+    assert last[0].startswith("in 6 of 6 steps all answers")
+    assert "the model has learned nothing" in last[0]
+    (only,) = [told for told in notices(task(), 0.5, *[1.0] * 5, 0.5, *[1.0] * 4) if told][1:]
+    assert only[0].startswith("in 9 of 11 steps all answers")
+    whole, begun, again = task(), task(), task()
+    assert notices(whole, *[1.0] * 6, 0.0, *[1.0] * 6)[:-1].count([]) == 11
+    notices(begun, *[1.0] * 3, 0.0)
+    again.keep([begun.kept()])
+    assert (again.writing, again.even, again.stretch) == (4, 3, 0)
+    assert begun.untaught == ""
+    notices(begun := task(), 1.0)
+    assert begun.untaught == "in all 1 steps so far all answers to a prompt got the same reward"
+
+
+@pytest.mark.parametrize("decay", [0.01, 0.0])
+def test_a_reward_that_never_differs_is_a_finding_of_the_run(decay, tmp_path):
+    recipe = rewarding(tmp_path, group=3, max_new_tokens=3, beta=0.0, reward=f"{REWARDS}:always")
+    recipe.training.epochs, recipe.training.weight_decay = 2, decay
+    run, said = prepare(recipe, tmp_path / "run"), []
+    if not decay:  # nothing at all has changed
+        with pytest.raises(TrainingError, match="in the first 10 steps.* so far all answers to a prompt got the same reward"):
+            run.execute(said.append)
+        return
+    found = run.execute(said.append)["train"]["findings"]
+    assert [line["said"] for line in said if line.get("said") in found] == found
+    assert len(found) == 2
+    assert all(line["even"] == 1.0 for line in said if "even" in line)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert all(sentence in page for sentence in found)
 
 
 def test_a_model_without_room_for_an_answer_is_refused(tmp_path):

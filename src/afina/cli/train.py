@@ -151,6 +151,7 @@ def show_outcome(run: Run, metrics: dict[str, Any], seconds: float) -> None:
     size = sum(p.stat().st_size for p in (run.output / "adapter").glob("*.safetensors"))
     pairs(
         {
+            **({"found": "\n".join(train["findings"])} if train["findings"] else {}),
             "kept": f"epoch {train['best_epoch']}",
             "took": f"{seconds:.0f} s, training {train['seconds']:.0f} s{' in all' if run.resume else ''}, "
             f"{train['tokens_per_second']:,.0f} {train['unit']}/s, "

@@ -48,6 +48,7 @@ def answer(run: RunFolder) -> Markup:
         "section",
         el("p", *said),
         el("p", el("b", mistakes) if mistakes else None, f" {_verdict(run, key, between)}"),
+        *(el("p", el("b", "Found: "), finding, ".") for finding in run.metrics["train"].get("findings") or []),
         _bars(run, key, between),
         el("p", _trust(run, key, known, test), class_="note"),
         class_="answer",

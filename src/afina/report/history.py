@@ -138,6 +138,7 @@ _NOTED = {
     "reward": "Mean reward of a step's answers", "margin": "Mean margin of a step's pairs",
     "accuracy": "Share of a step's pairs that are ranked right", "kl": "KL per token in a step",
     "length": "Tokens of a step's answers", "ended": "Share of a step's answers that end",
+    "even": "Share of a step's prompts whose answers all got one reward",
 }  # fmt: skip
 
 

@@ -45,6 +45,11 @@ __all__ = ["GRPO", "GRPOOptions", "Story"]
 
 _LEAST = 1e-4  # added to the standard deviation of a group's rewards
 _PROMPT = 8  # tokens of a prompt that must fit beside an answer
+_STRETCH = 5  # steps in a row that taught nothing, which are told
+_CURE = (
+    "let the reward grade answers (how near, not only whether), or take a larger task.group or task.temperature, or prompts "
+    "that the model sometimes answers well"
+)
 
 
 @dataclasses.dataclass
@@ -112,6 +117,9 @@ class GRPO(Policy):
         super().__init__(tokenizer, options, learned)
         self.step = 0
         self.held: dict[int, dict[str, Any]] = {}  # answers that are learned from again, by row
+        # steps that wrote, those of them in which no prompt's answers differed in reward, how many of these in a row now, and
+        # whether that has been told
+        self.writing, self.even, self.stretch, self.told = 0, 0, 0, False
 
     @cached_property
     def rewards(self) -> Rewards:
@@ -183,12 +191,43 @@ class GRPO(Policy):
             self.held = {}
 
     def kept(self) -> dict[str, Any]:
-        """Answers that are learned from again."""
-        return {"held": self.held} if self.step % self.options.updates else {}
+        """How often rewards were even, and answers that are learned from again."""
+        counts = {"even": [self.writing, self.even, self.stretch, self.told]}
+        return {**counts, "held": self.held} if self.step % self.options.updates else counts
 
     def keep(self, kept: Sequence[dict[str, Any]]) -> None:
         """Of every process, since rows may lie elsewhere now."""
         self.held = {row: made for one in kept for row, made in one.get("held", {}).items()}
+        counts = next((one["even"] for one in kept if "even" in one), (0, 0, 0, False))
+        self.writing, self.even, self.stretch, self.told = counts
+
+    def noticed(self, step: int, noted: Mapping[str, float], *, last: bool) -> list[str]:
+        """That rewards told no answer from another: advantages are then zero, and nothing is learned from them."""
+        told = list[str]()
+        if "even" in noted:
+            self.writing += 1
+            self.stretch = self.stretch + 1 if noted["even"] == 1.0 else 0
+            self.even += bool(self.stretch)
+            if self.stretch == _STRETCH and not self.told:
+                self.told = True
+                told.append(
+                    f"in the {_STRETCH} steps up to step {step} all answers to a prompt got the same reward "
+                    f"({noted['reward']:g} on average), so that nothing was learned from them; {_CURE}"
+                )
+        if last and 2 * self.even > self.writing:
+            rest = "the model has learned nothing from rewards" if self.even == self.writing else "they taught nothing"
+            told.append(
+                f"in {self.even} of {self.writing} steps all answers to a prompt got the same reward, so that none was better "
+                f"than another: {rest}; {_CURE}"
+            )
+        return told
+
+    @property
+    def untaught(self) -> str:
+        """That no reward so far has told one answer to a prompt from another."""
+        if not self.even or self.even < self.writing:
+            return ""
+        return f"in all {self.writing} steps so far all answers to a prompt got the same reward"
 
     def _drawn(
         self, model: Any, prompts: list[list[int]], seeds: Sequence[Sequence[Any]], device: torch.device
@@ -219,11 +258,15 @@ class GRPO(Policy):
                 reward=_numbers(rewards, batch), length=_numbers([len(a) for a in answers], batch),
                 ended=_numbers([a[-1] in ends for a in answers], batch),
             )  # fmt: skip
+            even = list[bool]()
             for place, i in enumerate(new):
                 own = slice(place * group, (place + 1) * group)
                 values = np.asarray(rewards[own])
-                apart = (values - values.mean()) / (values.std() + _LEAST)
+                even.append(bool(values.max() == values.min()))
+                # exactly zero where all are equal: Adam makes a step even of rounding
+                apart = np.zeros(group) if even[-1] else (values - values.mean()) / (values.std() + _LEAST)
                 made[numbers[i]] = {"answers": answers[own], "advantages": apart.tolist(), "before": None}
+            self.note(even=_numbers(even, batch))
         rows = [self.held.get(number) or made[number] for number in numbers]
         if self.options.updates > 1:
             self.held |= made

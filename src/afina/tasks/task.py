@@ -282,6 +282,15 @@ class Task(ABC):
             now = torch.stack([value.detach().float().sum(), torch.tensor(float(value.numel()), device=value.device)])
             self.noted[name] = self.noted[name] + now if name in self.noted else now
 
+    def noticed(self, step: int, noted: Mapping[str, float], *, last: bool) -> list[str]:
+        """What whoever watches the run must be told after a step, from its figures, as sentences that stay with the run."""
+        return []
+
+    @property
+    def untaught(self) -> str:
+        """Why nothing may have been learned so far, where that is known and may change; "" otherwise."""
+        return ""
+
     def kept(self) -> dict[str, Any]:
         """What a checkpoint must hold of this process, so that the run goes on as if it had not stopped; tensors and plain
         values."""

@@ -55,6 +55,7 @@ class Fitted:
     validation: dict[str, Any] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     notes: list[str] = field(default_factory=list)  # what happened on the way, as sentences for a person
+    findings: list[str] = field(default_factory=list)  # what the task noticed of it, which whoever reads the figures must know
     built: dict[str, Any] = field(default_factory=dict)  # engine, processes, bytes of the weights in all and in this one
 
 
@@ -114,7 +115,7 @@ def fit(
         started -= result.seconds
     pieces = options.gradient_accumulation
     assert isinstance(pieces, int)  # `fewest_parts` has measured it
-    watched = _adapter_parameters(model)
+    watched, moved = _adapter_parameters(model), result.steps >= _PATIENCE
     idle = engine.processes > 1 and not engine.sharded and bool(_without_gradient(model, task, train, engine))
 
     def optimizers(named: Mapping[str, torch.Tensor]) -> torch.optim.Optimizer:
@@ -180,8 +181,9 @@ def fit(
             since_loss, since_targets = since_loss + float(loss) * targets, since_targets + targets
             log(epoch=epoch + 1, step=result.steps, of=total_steps, loss=float(loss), gradient_norm=norm,
                 learning_rate=rate, targets=targets, tokens=result.tokens, **noted)  # fmt: skip
-            if result.steps == min(_PATIENCE, total_steps):
-                _stop_unless_moved(watched, before, engine.weights())
+            if not moved and (result.steps == total_steps or (result.steps >= _PATIENCE and not task.untaught)):
+                _stop_unless_moved(watched, before, engine.weights(), result.steps, task.untaught)
+                moved = True
 
             now = result.steps
             evaluated = now == total_steps or math.floor(now / between + 1e-9) > math.floor((now - 1) / between + 1e-9)
@@ -200,6 +202,11 @@ def fit(
                 log(epoch=reached, step=now, train_loss=since_loss / since_targets, best=improved, last=last_one,
                     seconds=round(time.perf_counter() - started, 2), **chosen)  # fmt: skip
                 since_loss, since_targets = 0.0, 0.0
+            last_step = now == total_steps or bool(options.patience and waited >= options.patience)
+            for sentence in task.noticed(now, noted, last=last_step):
+                result.findings.append(sentence)
+                if engine.main:
+                    tell({"said": sentence})
             asked = int(engine.total(float(signals.seen)))
             if evaluated or asked or (options.checkpoint_every and now % options.checkpoint_every == 0):
                 checkpoint()
@@ -439,13 +446,14 @@ def _adapter_parameters(model: Any) -> dict[str, torch.Tensor]:
 
 
 def _stop_unless_moved(
-    watched: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
-) -> None:
+    watched: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], steps: int,
+    why: str,
+) -> None:  # fmt: skip
     if all(torch.equal(after[name], before[name]) for name in watched):
+        why = why or "Is the adapter active, and does the output depend on the layers it adapts? See `afina targets`"
         raise TrainingError(
-            f"none of the {len(watched)} adapter weights has changed in the first {_PATIENCE} steps, so the run would teach "
-            f"the model nothing (for example {next(iter(watched), 'there are none')}). Is the adapter active, and does the "
-            "output depend on the layers it adapts? See `afina targets`"
+            f"none of the {len(watched)} adapter weights has changed in the first {steps} steps, so the run would teach "
+            f"the model nothing (for example {next(iter(watched), 'there are none')}). {why}"
         )
 
 

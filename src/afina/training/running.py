@@ -219,6 +219,7 @@ class Run:
                 **fitted.built,
                 "threads": torch.get_num_threads(),
                 "notes": fitted.notes,
+                "findings": fitted.findings,
             },
             "versions": versions(),
         }

@@ -77,7 +77,7 @@ class Trackers:
 
     def __call__(self, line: Mapping[str, Any]) -> None:
         """Send one line of the log."""
-        if not self.made:
+        if not self.made or "said" in line:
             return
         self.step = line["step"]
         if "validation_loss" in line:
