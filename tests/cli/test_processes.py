@@ -61,6 +61,8 @@ def test_t40_what_is_wrong_is_said_once(words):
 def test_a_signal_stops_all_and_a_killed_one_ends_all(words):
     with started([*words, "--text", "message", "--epochs", "999", "--engine", "fsdp2"]) as process:
         reached(words, 3, process)
+        loaded = [region.path for region in psutil.Process(process.pid).memory_maps()]
+        assert not any("libtorch" in path for path in loaded)  # the launcher itself waits without it
         process.send_signal(signal.SIGTERM)
         shown, said = process.communicate(timeout=120)
     assert process.returncode == 143

@@ -60,13 +60,3 @@ def test_ends_of_the_range_and_second_derivatives():
 
         assert torch.autograd.gradcheck(dropped, (x,))
         assert torch.autograd.gradgradcheck(dropped, (x,))
-
-
-def test_blocks_may_be_left_in_any_order():
-    own, one, two = F.dropout, quick_dropout(), quick_dropout()
-    one.__enter__()
-    two.__enter__()
-    one.__exit__(None, None, None)
-    assert F.dropout is not own
-    two.__exit__(None, None, None)
-    assert F.dropout is own

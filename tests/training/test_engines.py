@@ -206,6 +206,17 @@ def test_what_an_engine_cannot_do_is_told_together(tmp_path, monkeypatch):
     assert "pip install 'afina[deepspeed]'" in asked(tmp_path, "zero3")[0]
 
 
+def test_each_process_needs_a_device_where_there_are_some(tmp_path, monkeypatch):
+    monkeypatch.setattr(choose.torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(choose.torch.accelerator, "device_count", lambda: 3)
+    for here in (1, 3):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+        assert not asked(tmp_path, "ddp")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    told = "--processes 5: this machine has 3 devices, and each process needs one; take at most 3"
+    assert asked(tmp_path, "ddp") == [told]
+
+
 def test_without_deepspeed_its_engines_say_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'afina\[deepspeed\]'"):

@@ -3,7 +3,8 @@
 Each is this command again, with the variables that torch looks for. The first speaks for all; what another one says is
 kept and shown where it was the first to fail. Ctrl-C and SIGTERM go on to all of them, so that they write a checkpoint
 together. Where one ends with an error, the others follow, soon by themselves or after a while by force, and the command
-ends with the code of the one that was the cause. Several machines need a launcher of their own: see docs/distributed.md.
+ends with the code of the one that was the cause. torch is not loaded here, so that they start at once. Several machines need
+a launcher of their own: see docs/distributed.md.
 """
 
 from __future__ import annotations
@@ -57,8 +58,7 @@ def are_to_be_started(processes: int) -> bool:
 
 
 def launch(processes: int, arguments: Sequence[str]) -> int:
-    """Run `afina` with these arguments in so many processes; returns the exit code. Raises ConfigError for too many."""
-    _check(processes)
+    """Run `afina` with these arguments in so many processes; returns the exit code."""
     with ExitStack() as stack:
         started = [_start(rank, processes, list(arguments), stack) for rank in range(processes)]
         return _watch(started)
@@ -76,14 +76,6 @@ def end_with_the_launcher() -> None:
     if _MARK in os.environ and sys.platform.startswith("linux"):
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-def _check(processes: int) -> None:
-    import torch
-
-    devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-    if devices and processes > devices:
-        raise ConfigError(f"--processes {processes}: this machine has {devices} devices, and each process needs one")
 
 
 def _start(rank: int, processes: int, arguments: list[str], stack: ExitStack) -> Started:

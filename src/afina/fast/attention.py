@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function
 
 from afina.core.dropout import keep_mask
+from afina.fast.stand_in import StandIn
 
 __all__ = ["Count", "short_attention"]
 
@@ -47,37 +48,43 @@ class Count:
         return f"{share} plain products stood in for torch's kernel, which is slower in bf16 on a CPU"
 
 
+_STAND_IN = StandIn(F, "scaled_dot_product_attention")
+_counts: list[Count] = []  # of the blocks that are entered
+
+
 @contextmanager
 def short_attention() -> Iterator[Count]:
     """Inside the block `torch.nn.functional.scaled_dot_product_attention` is as the module says."""
-    given, count = F.scaled_dot_product_attention, Count()
-
-    def attention(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-    ) -> torch.Tensor:  # fmt: skip
-        options: dict[str, Any] = {
-            "attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa
-        }  # fmt: skip
-        if has_torch_function((query, key, value, attn_mask)):
-            return handle_torch_function(attention, (query, key, value, attn_mask), query, key, value, **options)  # type: ignore[no-any-return]
-        if not torch.is_grad_enabled() or not (query.requires_grad or key.requires_grad or value.requires_grad):
-            return given(query, key, value, **options)
-        count.asked += 1
-        q, k, v = (_in_arithmetic(t) for t in (query, key, value))
-        if not _suits(q, k, v, attn_mask, dropout_p):
-            return given(query, key, value, **options)
-        count.used += 1
-        if enable_gqa and q.shape[1] != k.shape[1]:
-            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-        factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-        return _Products.apply(q, k, v, attn_mask, dropout_p, is_causal, factor)  # type: ignore[no-any-return, no-untyped-call]
-
-    F.scaled_dot_product_attention = attention
+    _counts.append(count := Count())
     try:
-        yield count
+        with _STAND_IN.by(_attention):
+            yield count
     finally:
-        F.scaled_dot_product_attention = given
+        _counts[:] = [other for other in _counts if other is not count]
+
+
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    options: dict[str, Any] = {
+        "attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa
+    }  # fmt: skip
+    if has_torch_function((query, key, value, attn_mask)):
+        return handle_torch_function(_attention, (query, key, value, attn_mask), query, key, value, **options)  # type: ignore[no-any-return]
+    if not torch.is_grad_enabled() or not (query.requires_grad or key.requires_grad or value.requires_grad):
+        return _STAND_IN.given(query, key, value, **options)  # type: ignore[no-any-return]
+    q, k, v = (_in_arithmetic(t) for t in (query, key, value))
+    suits = _suits(q, k, v, attn_mask, dropout_p)
+    for count in _counts:
+        count.asked += 1
+        count.used += suits
+    if not suits:
+        return _STAND_IN.given(query, key, value, **options)  # type: ignore[no-any-return]
+    if enable_gqa and q.shape[1] != k.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    return _Products.apply(q, k, v, attn_mask, dropout_p, is_causal, factor)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _in_arithmetic(x: torch.Tensor) -> torch.Tensor:

@@ -5,37 +5,27 @@ torch's takes a sixth of a step of a small encoder there. Inside `quick_dropout`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
 
 from afina.core.dropout import drop
+from afina.fast.stand_in import StandIn
 
 __all__ = ["quick_dropout"]
 
-_given = F.dropout
-_inside = 0  # blocks entered; runs of a sweep leave theirs in any order
+_STAND_IN = StandIn(F, "dropout")
 
 
-@contextmanager
-def quick_dropout() -> Iterator[None]:
+def quick_dropout() -> AbstractContextManager[None]:
     """Inside the block `torch.nn.functional.dropout`, which `nn.Dropout` calls, is as the module says."""
-    global _inside
-    _inside += 1
-    F.dropout = _dropout
-    try:
-        yield
-    finally:
-        _inside -= 1
-        if not _inside:
-            F.dropout = _given
+    return _STAND_IN.by(_dropout)
 
 
 def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
     if not training:
         return input
     if inplace or not 0.0 <= p < 1.0 or not input.is_cpu or torch.compiler.is_compiling():
-        return _given(input, p, training, inplace)
+        return _STAND_IN.given(input, p, training, inplace)  # type: ignore[no-any-return]
     return drop(input, p, training)

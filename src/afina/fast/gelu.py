@@ -8,8 +8,7 @@ bit; those five differ in the last, and what torch makes zero far out may be as 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
@@ -17,32 +16,24 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from afina.fast.stand_in import StandIn
+
 __all__ = ["quick_gelu"]
 
 _SIDE = 32  # of the identity: the least with which a product is at its fastest
 _SMALLEST = 1 << 14  # values; fewer are not worth the way
 
-_given = F.gelu
-_inside = 0  # blocks entered; runs of a sweep leave theirs in any order
+_STAND_IN = StandIn(F, "gelu")
 
 
-@contextmanager
-def quick_gelu() -> Iterator[None]:
+def quick_gelu() -> AbstractContextManager[None]:
     """Inside the block `torch.nn.functional.gelu`, which `nn.GELU` calls, is as the module says."""
-    global _inside
-    _inside += 1
-    F.gelu = _gelu  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        _inside -= 1
-        if not _inside:
-            F.gelu = _given
+    return _STAND_IN.by(_gelu)
 
 
 def _gelu(input: torch.Tensor, approximate: str = "none") -> torch.Tensor:
     if approximate != "tanh" or not _suits(input):
-        return _given(input, approximate=approximate)
+        return _STAND_IN.given(input, approximate=approximate)  # type: ignore[no-any-return]
     if torch.is_grad_enabled() and input.requires_grad:
         return _TanhGelu.apply(input)  # type: ignore[no-any-return, no-untyped-call]
     return _value(input)

@@ -117,8 +117,8 @@ class GRPO(Policy):
         super().__init__(tokenizer, options, learned)
         self.step = 0
         self.held: dict[int, dict[str, Any]] = {}  # answers that are learned from again, by row
-        # steps that wrote, those of them in which no prompt's answers differed in reward, how many of these in a row now, and
-        # whether that has been told
+        # steps that wrote, those of them in which no prompt's answers differed in reward, how many of these there were in a
+        # row, and whether that has been told
         self.writing, self.even, self.stretch, self.told = 0, 0, 0, False
 
     @cached_property
@@ -217,8 +217,8 @@ class GRPO(Policy):
         if last and 2 * self.even > self.writing:
             rest = "the model has learned nothing from rewards" if self.even == self.writing else "they taught nothing"
             told.append(
-                f"in {self.even} of {self.writing} steps all answers to a prompt got the same reward, so that none was better "
-                f"than another: {rest}; {_CURE}"
+                f"in {self.even} of {self.writing} steps all answers to a prompt got the same reward, so that none was "
+                f"better than another: {rest}; {_CURE}"
             )
         return told
 

@@ -55,7 +55,7 @@ class Fitted:
     validation: dict[str, Any] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     notes: list[str] = field(default_factory=list)  # what happened on the way, as sentences for a person
-    findings: list[str] = field(default_factory=list)  # what the task noticed of it, which whoever reads the figures must know
+    findings: list[str] = field(default_factory=list)  # what must be known by whoever reads the figures
     built: dict[str, Any] = field(default_factory=dict)  # engine, processes, bytes of the weights in all and in this one
 
 

@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from afina.errors import MissingDependencyError, Problems
 from afina.memory.storage import FLOATS
 from afina.training.engines.ddp import DDP
@@ -26,7 +28,12 @@ def make_engine(precision: str, name: str = "ddp", *, offload: bool = False) -> 
 
 
 def check_engine(recipe: Any, precision: str, problems: Problems, spell: Callable[[str], str] = str) -> None:
-    """Add what the chosen engine cannot do of what the recipe asks."""
+    """Add what the chosen engine cannot do of what the recipe asks, and that there are too few devices for all processes."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    if devices and here > devices:
+        many = f"{devices} device{'s' * (devices > 1)}"
+        problems.add(f"--processes {here}: this machine has {many}, and each process needs one; take at most {devices}")
     engine = ENGINES.get(recipe.distributed.engine)
     if engine is None:
         return  # the recipe's own check has told it
