@@ -19,10 +19,9 @@ from afina.export.format import Settings
 from afina.export.formats import find_format
 from afina.export.golden import read_golden
 from afina.export.measures import figures_of, with_references
-from afina.tasks.catalogue import find_task, task_from_settings
+from afina.tasks.catalogue import task_from_settings
 from afina.training.trained import TrainedRun
 
-EXPORTED = [name for name in CASES if not find_task(name).not_exported]
 TRACED = ("sequence_classification", "regression", "reranking", "sentence_similarity", "causal_lm", "seq2seq", "dpo",
           "image_classification")  # fmt: skip
 
@@ -46,7 +45,8 @@ def outputs(model, task, examples, length):
 def both(run, name, folder):
     """Outputs of the run and of the artefact on the test rows, and of the base without the adapter."""
     trained, made = TrainedRun.load(run), find_format(name)
-    task = task_from_settings(read_golden(folder)["task"], made.processor(folder, trained.task.processor_kind))
+    processor = made.processor(folder, trained.task.processor_kind)
+    task = task_from_settings(read_golden(folder)["task"], processor, made.config(folder))
     examples, length = rows_of(trained), trained.recipe.training.max_length
     model = trained.model.eval()
     with model.disable_adapter():
@@ -54,7 +54,7 @@ def both(run, name, folder):
     return outputs(model, trained.task, examples, length), outputs(made.load(folder, task), task, examples, length), bare
 
 
-@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize("name", CASES)
 def test_merged(runs, name, tmp_path):
     done = exported(runs(name), "merged", tmp_path / "out")
     ours, theirs, bare = both(runs(name), "merged", done.folder)
@@ -64,7 +64,7 @@ def test_merged(runs, name, tmp_path):
     assert verify(done.folder)[1] == "merged"
 
 
-@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize("name", CASES)
 def test_int8(runs, exports, name):
     done = exports(name, "int8")
     ours, theirs, bare = both(runs(name), "int8", done.folder)

@@ -90,12 +90,6 @@ def export(
     if trained.task.pipelines != made.pipelines:
         fitting = ", ".join(name for name, other in FORMATS.items() if other.pipelines == trained.task.pipelines)
         raise ConfigError(f"--format {name}: {run} is a run of {trained.task.name}, which is exported as {fitting}")
-    if trained.task.not_exported:
-        raise ConfigError(
-            f"--format {name}: {run} is a run of {trained.task.name}, which is not exported yet "
-            f"({trained.task.not_exported}); {run / 'adapter'} is read by PEFT and afina, and "
-            "`PeftModel.merge_and_unload` puts it into the weights"
-        )
     settings = replace(settings, stored=trained.task.storage.weights)
     _check_base(settings)
     measured = made.rounds(settings) or (settings.quantised and made.merged)
@@ -296,7 +290,8 @@ def _merge(run: Path, known: _Known, work: Path, settings: Settings, dtype: torc
 
 def _inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What of a batch the model itself reads."""
-    names = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "pixel_values")
+    names = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "pixel_values", "input_values",
+             "input_features")  # fmt: skip
     return {name: batch[name] for name in names if name in batch}
 
 
@@ -314,7 +309,7 @@ def _reload(run: Path) -> TrainedRun:
     source = find_model(recipe.model)
     settings = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["task"]
     processor = load_processor(source, find_task(settings["name"]).processor_kind, run / "adapter")
-    task = task_from_settings(settings, processor)
+    task = task_from_settings(settings, processor, load_config(source))
     own = next((name for name, kind in FLOATS.items() if kind == load_config(source).dtype), "fp32")
     task.storage = Storage(own)
     model = PeftModel.from_pretrained(task.load_model(source.path), run / "adapter", tokenizer=task.tokenizer)

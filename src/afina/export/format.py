@@ -81,6 +81,12 @@ class Format(ABC):
         name = str(folder)
         return load_processor(ModelSource(name, name, name), kind, folder)
 
+    def config(self, folder: Path) -> Any:
+        """The configuration of the model inside the artefact; None where the format has its own."""
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(folder) if (folder / "config.json").is_file() else None
+
     def stops(self, model: Any) -> list[int]:
         """Tokens at which the artefact stops by its own settings."""
         own = model.generation_config.eos_token_id

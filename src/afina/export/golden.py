@@ -9,6 +9,7 @@ kept twice: as the run answered, and as the artefact did when it was made, which
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -88,11 +89,10 @@ def _short(task: Task) -> Task:
     """The task, for a few greedy tokens."""
     if not hasattr(task.options, "max_new_tokens"):
         return task
-    other = task_from_settings(task.settings(), task.processor)
+    other = copy.copy(task)
     known = {field.name for field in dataclasses.fields(task.options)}
     few = {"max_new_tokens": _TOKENS, "num_beams": 1}
     other.options = dataclasses.replace(task.options, **{key: value for key, value in few.items() if key in known})
-    other.storage = task.storage
     return other
 
 
@@ -252,7 +252,8 @@ def replay(
         _check_files(folder, golden, problems)
         problems.raise_as(CheckpointError, "Export the run again, or take an untouched copy.")
     try:
-        task = task_from_settings(golden["task"], made.processor(folder, find_task(golden["task"]["name"]).processor_kind))
+        processor = made.processor(folder, find_task(golden["task"]["name"]).processor_kind)
+        task = task_from_settings(golden["task"], processor, made.config(folder))
         model = made.load(folder, task)
     except Exception as error:  # libraries raise kinds of their own for a broken file
         problems.add(f"it cannot be read: {str(error).strip()[:500]}")

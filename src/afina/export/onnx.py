@@ -1,7 +1,8 @@
 """ONNX, for onnxruntime and whatever else reads it: any batch, any length, and the task's own answers beside the scores.
 
 Inputs are `input_ids`, `attention_mask` and, where the tokenizer makes them, `token_type_ids`, each int64 `[rows, tokens]`;
-of pictures `pixel_values`, float32 `[rows, channels, height, width]`, at the size that the image processor makes.
+of pictures `pixel_values`, float32 `[rows, channels, height, width]`, at the size that the image processor makes; of
+recordings what the feature extractor makes, samples of any length with their mask or frames of one size.
 Outputs are what the model returns (`logits`; `start_logits` and `end_logits`; `last_hidden_state`), and what is answered
 with: `probabilities` of classes and tags, `value` in the unit of the file, `sentence_embedding` of length 1. A model that
 writes gives logits of the next token at every place, and is called once a token; one with an encoder is two files,
@@ -24,6 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from afina.errors import CheckpointError, ConfigError, MissingDependencyError
@@ -32,7 +34,9 @@ from afina.export.int8 import copy_rest
 from afina.export.merged import read_merged
 from afina.tasks.causal_lm import CausalLM
 from afina.tasks.pooling import pooled
+from afina.tasks.sounds import SoundTask
 from afina.tasks.task import Task
+from afina.tasks.writing import WritingTask
 
 __all__ = ["Onnx", "OnnxInt8", "OnnxModel"]
 
@@ -81,16 +85,16 @@ class _Encoding(nn.Module):
 
     names = ("last_hidden_state",)
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, inputs: Sequence[str]):
         super().__init__()
-        self.encoder = model.get_encoder()
+        self.encoder, self.inputs = model.get_encoder(), inputs
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor]:
-        return (self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state,)
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.encoder(**dict(zip(self.inputs, tensors, strict=True))).last_hidden_state,)
 
 
 class _Decoding(nn.Module):
-    """The decoder, on what the encoder made of the text."""
+    """The decoder, on what the encoder made of what it read; with the mask of that, where there is one."""
 
     names = ("logits",)
 
@@ -98,11 +102,12 @@ class _Decoding(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: torch.Tensor, states: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor]:
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor]:
         from transformers.modeling_outputs import BaseModelOutput
 
-        read = BaseModelOutput(last_hidden_state=states)
-        said = self.model(encoder_outputs=read, attention_mask=mask, decoder_input_ids=ids, use_cache=False)
+        ids, states, *mask = tensors
+        read, seen = BaseModelOutput(last_hidden_state=states), {"attention_mask": mask[0]} if mask else {}
+        said = self.model(encoder_outputs=read, **seen, decoder_input_ids=ids, use_cache=False)
         return (said.logits.float(),)
 
 
@@ -112,6 +117,9 @@ def _given(model: Any, task: Task) -> dict[str, torch.Tensor]:
         examples = [replace(e, label="") for e in task.stand_ins(task.options) or ()]
         features = task.encode(examples, None, task.limit(model)).features
         return {"pixel_values": task.collate(features)["pixel_values"].contiguous()}
+    if isinstance(task, SoundTask):
+        heard = task.heard(task.collate(task.noises((1.0, 0.7))))
+        return {name: heard[name] for name in heard if name != "attention_mask" or not task.learned.get("apart")}
     known = inspect.signature(model.forward).parameters
     names = [n for n in ("input_ids", "attention_mask", "token_type_ids")
              if n in known and n in (*task.tokenizer.model_input_names, "attention_mask")]  # fmt: skip
@@ -245,33 +253,34 @@ class OnnxModel:
         if MODEL in self.sessions:
             return SimpleNamespace(**self._run(MODEL, **tensors))
         states = self._run(ENCODER, **tensors)["last_hidden_state"]
-        return SimpleNamespace(**self._decoded(states, tensors["attention_mask"], tensors["decoder_input_ids"]))
+        return SimpleNamespace(**self._decoded(states, tensors.get("attention_mask"), tensors["decoder_input_ids"]))
 
-    def _decoded(self, states: torch.Tensor, mask: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        return self._run(DECODER, decoder_input_ids=ids, encoder_hidden_states=states, encoder_attention_mask=mask)
+    def _decoded(self, states: torch.Tensor, mask: torch.Tensor | None, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        seen = {} if mask is None else {"encoder_attention_mask": mask}
+        return self._run(DECODER, decoder_input_ids=ids, encoder_hidden_states=states, **seen)
 
     def generate(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, generation_config: Any,
-        logits_processor: Sequence[Any] = (),
+        self, *, generation_config: Any, logits_processor: Sequence[Any] = (), decoder_input_ids: torch.Tensor | None = None,
+        **read: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
-        """The likeliest token, again and again, until every row has come to its end."""
+        """The likeliest token, again and again, until every row has come to its end. `read`: what the model reads."""
         stops, most = generation_config.eos_token_id, generation_config.max_new_tokens
         ends = torch.tensor(stops if isinstance(stops, list) else [stops])
-        rows = len(input_ids)
+        rows, mask = len(next(iter(read.values()))), read.get("attention_mask")
         if ENCODER in self.sessions:
-            states = self._run(ENCODER, input_ids=input_ids, attention_mask=attention_mask)["last_hidden_state"]
+            states = self._run(ENCODER, **read)["last_hidden_state"]
             start = self.generation_config.decoder_start_token_id
             start = self.config.decoder_start_token_id if start is None else start
-            ids = torch.full((rows, 1), start)
+            ids = torch.full((rows, 1), start) if decoder_input_ids is None else decoder_input_ids
         else:
-            ids = input_ids
+            ids = read["input_ids"]
         done = torch.zeros(rows, dtype=torch.bool)
         for _ in range(most):
             if ENCODER in self.sessions:
-                logits = self._decoded(states, attention_mask, ids)["logits"]
+                logits = self._decoded(states, mask, ids)["logits"]
             else:
-                logits = self._run(MODEL, input_ids=ids, attention_mask=attention_mask)["logits"]
-                attention_mask = torch.cat([attention_mask, torch.ones((rows, 1), dtype=attention_mask.dtype)], dim=1)
+                seen = torch.ones_like(ids) if mask is None else F.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+                logits = self._run(MODEL, input_ids=ids, attention_mask=seen)["logits"]
             last = logits[:, -1]
             for processed in logits_processor:
                 last = processed(ids, last)
@@ -308,20 +317,21 @@ class Onnx(Format):
             if part is not None and hasattr(part, "use_cache"):
                 part.use_cache = False
         bytes_ = 4 * sum(p.numel() for p in model.parameters())
-        ids = torch.full(_WIDTHS, 3)
-        mask = torch.ones(_WIDTHS, dtype=torch.long)
         try:
-            if model.config.is_encoder_decoder and source.task.name == "seq2seq":
-                given = {"input_ids": ids, "attention_mask": mask}
-                _traced(_Encoding(model), given, dict.fromkeys(given, "tokens"), folder / ENCODER, bytes_)
-                states = torch.randn(*_WIDTHS, model.get_encoder()(**given).last_hidden_state.shape[-1])
-                given = {"decoder_input_ids": ids[:, :7], "encoder_hidden_states": states, "encoder_attention_mask": mask}
-                lengths = dict.fromkeys(given, "tokens") | {"decoder_input_ids": "written"}
+            given = _given(model, source.task)
+            unit = source.task.unit
+            lengths = {name: unit for name, tensor in given.items() if tensor.dim() == 2}
+            if model.config.is_encoder_decoder and isinstance(source.task, WritingTask):
+                _traced(_Encoding(model, tuple(given)), given, lengths, folder / ENCODER, bytes_)
+                states = torch.randn_like(model.get_encoder()(**given).last_hidden_state)
+                ids = torch.full((len(states), 7), 3)
+                seen = {"encoder_attention_mask": given["attention_mask"]} if "attention_mask" in given else {}
+                given = {"decoder_input_ids": ids, "encoder_hidden_states": states, **seen}
+                places = unit if unit == "tokens" else "places"
+                lengths = {"decoder_input_ids": "written", "encoder_hidden_states": places, "encoder_attention_mask": unit}
                 _traced(_Decoding(model), given, lengths, folder / DECODER, bytes_)
             else:
-                given = _given(model, source.task)
                 made = _Answering(model, source.task, tuple(given))
-                lengths = {} if "pixel_values" in given else dict.fromkeys(given, "tokens")
                 _traced(made, given, lengths, folder / MODEL, bytes_)
         except (RuntimeError, torch.onnx.OnnxExporterError) as error:
             reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

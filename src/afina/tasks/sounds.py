@@ -158,6 +158,11 @@ class SoundTask(Task):
         batch[name] = torch.stack(sounds)
         return batch
 
+    def noises(self, seconds: Sequence[float]) -> list[Feature]:
+        """Features of noise of so many seconds, for which no file is read."""
+        lengths = (min(int(length * self.rate), self.most) for length in seconds)
+        return [{"file": "", "holds": "", "length": length, "row": row} for row, length in enumerate(lengths)]
+
     def heard(self, batch: Mapping[str, torch.Tensor]) -> Batch:
         """What of a batch the model is called with."""
         return {key: batch[key] for key in (self.extractor.model_input_names[0], "attention_mask") if key in batch}

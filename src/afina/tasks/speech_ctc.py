@@ -221,6 +221,10 @@ class SpeechCtc(SpeechRecognition):
             **error_rates([text for text, _ in there], [right for _, right in there]),
         }  # fmt: skip
 
+    def respond(self, answer: Any, example: Example) -> dict[str, Any]:
+        """The text."""
+        return {"answer": answer.text}
+
     def rendered(self, feature: Feature) -> tuple[list[str], list[bool]]:
         """Its length, and the letters expected."""
         said, _ = SoundTask.rendered(self, feature)

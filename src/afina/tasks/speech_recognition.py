@@ -51,7 +51,6 @@ class SpeechRecognition(SoundTask):
     """Writing down what is said in a recording."""
 
     name = "speech_recognition"
-    not_exported = "golden prompts do not yet ask for the way that a base writes down speech"
     task_type = None
     smooths = False
     untuned = True

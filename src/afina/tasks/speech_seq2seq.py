@@ -8,6 +8,7 @@ beams, so that what is measured is what was trained.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -174,7 +175,9 @@ class SpeechSeq2Seq(SpeechRecognition, WritingTask):
         try:
             heard: dict[str, Any] = {key: value[rows] for key, value in self.heard(batch).items()}
             # Whisper's own `generate` cuts long recordings into pieces and tries again at other temperatures
-            written = GenerationMixin.generate(base, **heard, decoder_input_ids=ids, generation_config=settings)
+            generate: Any = GenerationMixin.generate
+            write = partial(generate, base) if isinstance(base, GenerationMixin) else base.generate
+            written = write(**heard, decoder_input_ids=ids, generation_config=settings)
         finally:
             base.generation_config = own
         for row, tokens in zip(rows, written[:, ids.shape[1] :].tolist(), strict=True):

@@ -114,7 +114,6 @@ class Task(ABC):
     refers: ClassVar[bool] = False  # the loss compares a training row with what the reference makes of it
     writes_rows: ClassVar[bool] = False  # what is learned from is written by the model itself, in every step
     pipelines: ClassVar[bool] = False  # the base is a pipeline of diffusers
-    not_exported: ClassVar[str] = ""  # why a run has no artefact beside its adapter; "" where it can
 
     storage = Storage()  # of the base's weights, which load_model follows
     packed = False  # whether training rows are packed, which is tried first
