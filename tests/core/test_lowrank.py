@@ -227,6 +227,31 @@ def test_under_autocast_no_copy_of_the_weight_is_kept() -> None:
     assert not [t for t in kept if t is not None and t.shape == base.weight.shape and t.dtype == torch.bfloat16]
 
 
+def test_layers_that_read_one_input_share_its_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    casts = []
+
+    class Watched(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if f is torch.Tensor.to and args[0].shape == (17, 5) and args[1:] == (torch.bfloat16,):
+                casts.append(args[0])
+            return f(*args, **(kwargs or {}))
+
+    x, weight, down, up = tensors((17, 5), (7, 5), (2, 5), (7, 2), dtype=torch.float32)
+    layer = LowRank(weight.detach(), None, down, up, None, 0.7)
+    with torch.autocast("cpu", torch.bfloat16), Watched():
+        first, second = (low_rank_linear(x, layer, torch.bfloat16) for _ in range(2))
+        assert len(casts) == 1
+        with torch.no_grad():
+            x.mul_(2.0)  # the copy is of what x was
+        third = low_rank_linear(x, layer, torch.bfloat16)
+        assert len(casts) == 2
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(third, 2 * first, rtol=0.02, atol=0.02)
+    casts.clear()
+    del x, first, second, third
+    assert lowrank._last is None  # nothing is held for it
+
+
 def test_a_transposed_layer_is_fused_too(calls: list[int]) -> None:
     from transformers.pytorch_utils import Conv1D
 

@@ -9,7 +9,8 @@ import transformers as tf
 from bases import made, rows
 
 from afina import LoraConfig, get_peft_model
-from afina.fast.attention import _Products, short_attention
+from afina.fast import attention
+from afina.fast.attention import _Products, _stretches, short_attention
 
 MASKS = ["none", "causal", "padding", "additive", "a head each"]
 
@@ -37,9 +38,11 @@ def attended(inputs, options, g):
     return [out.detach().double(), *(t.grad.double() for t in inputs)]
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 5, 1 << 19])  # heads
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(("queries", "keys", "groups"), [(7, 7, 4), (1, 13, 4), (11, 11, 2)])
-def test_errors_are_those_of_torch(mask, queries, keys, groups):
+def test_errors_are_those_of_torch(mask, queries, keys, groups, at_once, monkeypatch):
+    monkeypatch.setattr(attention, "_AT_ONCE", at_once * queries * keys)
     options = masks(mask, queries=queries, keys=keys)
     options |= {"enable_gqa": True} if groups < 4 else {}
     g = torch.randn(3, 4, queries, 13, generator=torch.Generator().manual_seed(2)).bfloat16()
@@ -66,9 +69,25 @@ def test_dropout_leaves_the_mean():
     assert float((drawn[0] - whole).norm() / whole.norm()) > 0.2
 
 
+@pytest.mark.parametrize(("rows", "heads"), [(1, 1), (3, 4), (7, 12), (5, 13)])
+@pytest.mark.parametrize("at_once", [1, 5, 12, 24, 31, 1000])
+def test_each_head_of_each_row_is_computed_once_in_pieces_of_one_shape(rows, heads, at_once, monkeypatch):
+    monkeypatch.setattr(attention, "_AT_ONCE", at_once * 35)
+    pieces = list(_stretches(rows, heads, (5, 7)))
+    flat = [i for _, _, at in pieces for i in range(at.start, at.stop)]
+    assert flat == list(range(rows * heads))
+    assert len({at.stop - at.start for _, _, at in pieces}) == 1
+    assert all(at.stop - at.start <= max(1, at_once) for _, _, at in pieces)
+    for row, head, at in pieces:
+        of_these = [r * heads + h for r in range(row.start, row.stop) for h in range(head.start, head.stop)]
+        assert of_these == list(range(at.start, at.stop))
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("mask", MASKS[1:])
-def test_gradients_are_those_of_the_outcome(mask, dropout):
+@pytest.mark.parametrize("at_once", [2, 1 << 19])
+def test_gradients_are_those_of_the_outcome(mask, dropout, at_once, monkeypatch):
+    monkeypatch.setattr(attention, "_AT_ONCE", at_once * 49)
     options = masks(mask)
     bias = options.get("attn_mask")
     bias = bias.double() if bias is not None and bias.dtype != torch.bool else bias

@@ -170,6 +170,23 @@ def test_a_narrow_source_is_kept_once():
     assert torch.equal(keep.unpack(first), wide)
 
 
+def test_what_several_layers_read_is_computed_again_once(monkeypatch):
+    computed = []
+    plain = keeping._OF_SAVED["NativeLayerNormBackward0"]
+    monkeypatch.setitem(keeping._OF_SAVED, "NativeLayerNormBackward0", lambda node: computed.append(node) or plain(node))
+    model = tf.BertForSequenceClassification(
+        tf.BertConfig(vocab_size=61, hidden_size=20, num_hidden_layers=2, num_attention_heads=2, intermediate_size=29)
+    )
+    model = afina.get_peft_model(model, afina.LoraConfig(r=3, target_modules="all-linear")).train()
+    keep_less(model)
+    for _ in range(2):
+        computed.clear()
+        loss = model(input_ids=torch.arange(33).view(3, 11)).logits.sum()
+        loss.backward()
+        # the norm before each feed-forward part, and the one that query, key and value of the second block read
+        assert len(computed) == len(set(map(id, computed))) == 3
+
+
 def test_a_second_derivative_is_the_same():
     def second(model):
         x = torch.randn(3, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()

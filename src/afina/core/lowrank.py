@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import nn
@@ -23,6 +24,8 @@ from afina.core.dropout import keep_mask
 __all__ = ["LowRank", "fused_dtype", "low_rank_linear"]
 
 Optional = torch.Tensor | None
+
+_last: tuple[ref[torch.Tensor], int, torch.Tensor] | None = None  # the input that was cast last, its version, and the copy
 
 
 class LowRank(NamedTuple):
@@ -81,7 +84,7 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, dtype: torch.dtype, *layer: Any) -> torch.Tensor:
         weight, bias, down, up, _, ctx.scale, _ = layer
-        y, z, kept, ctx.strength = _compute(_in_type(x, dtype), *layer)
+        y, z, kept, ctx.strength = _compute(_shared(x, dtype), *layer)
         into_x, _, _, _, into_down, into_up, *_ = ctx.needs_input_grad
         ctx.of_x, ctx.of_bias = x.dtype, None if bias is None else bias.dtype
         weight, ctx.turned = _known_to_engines(weight)
@@ -97,7 +100,7 @@ class _LowRankLinear(torch.autograd.Function):
         down, up = _in_type(own_down, dtype), _in_type(own_up, dtype)
         rows = _flat(g)
         mask = None if kept is None else _number(kept, dtype)
-        seen: Any = None if x is None else _flat(_in_type(x, dtype))
+        seen: Any = None if x is None else _flat(_shared(x, dtype))
         if mask is not None and x is not None:
             seen = seen * mask
         d_x = d_down = d_up = d_shift = None
@@ -131,6 +134,25 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
 def _in_type(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The tensor in a type; without a call where it has that type."""
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
+def _shared(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in a type; one copy for layers that read the same x one after the other, as query, key and value do."""
+    global _last
+    if x.dtype is dtype:
+        return x
+    last = _last
+    if last is not None and last[0]() is x and last[1] == x._version and last[2].dtype is dtype:
+        return last[2]
+    made = x.to(dtype)
+    _last = ref(x, _forget), x._version, made
+    return made
+
+
+def _forget(gone: ref[torch.Tensor]) -> None:
+    global _last
+    if _last is not None and _last[0] is gone:
+        _last = None
 
 
 def _scaled_product(a: torch.Tensor, b: torch.Tensor, like: torch.Tensor, scale: float) -> torch.Tensor:

@@ -14,7 +14,7 @@ times as long there, and backward ten times. Dropout draws other numbers than to
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,7 @@ from afina.fast.stand_in import StandIn
 
 __all__ = ["Count", "short_attention"]
 
+_AT_ONCE = 1 << 19  # weights; a megabyte
 _FEW = 64  # keys up to which the softmax is given float32
 _WIDTHS = 4  # keys as a multiple of a head's width, up to which weights take no more room than what goes in and comes out
 
@@ -108,8 +109,9 @@ def _sees_something(mask: torch.Tensor) -> bool:
     """Whether each query sees a key: where one sees none torch gives zeros. A mask without contents is taken to."""
     if type(mask) is not torch.Tensor or mask.is_meta:
         return True
-    seen = mask.any(-1) if mask.dtype == torch.bool else mask.amax(-1) > -torch.inf
-    return bool(seen.all())
+    if mask.dtype == torch.bool:
+        return bool(mask.any(-1).all())
+    return bool(mask.min() > -torch.inf) or bool((mask.amax(-1) > -torch.inf).all())
 
 
 class _Products(torch.autograd.Function):
@@ -122,20 +124,30 @@ class _Products(torch.autograd.Function):
     ) -> torch.Tensor:  # fmt: skip
         rows, heads = q.shape[:2]
         q, k, v = (t.reshape(rows * heads, *t.shape[2:]) for t in (q, k, v))
-        scores = torch.bmm(q, k.transpose(1, 2))
-        scores = scores.to(_of_softmax(k)).mul_(factor)
-        whole = scores.view(rows, heads, *scores.shape[1:])
-        if causal:
-            whole.masked_fill_(torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu_(1), -torch.inf)
-        if mask is not None and mask.dtype == torch.bool:
-            whole.add_(torch.zeros(mask.shape, dtype=scores.dtype, device=mask.device).masked_fill_(~mask, -torch.inf))
-        elif mask is not None:
-            whole.add_(mask)
-        weights = torch._softmax(scores, -1, False).to(q.dtype)
-        kept, ctx.lift = keep_mask(weights, dropout) if dropout else (None, 1.0)
-        ctx.factor = factor
+        form, wide = (q.shape[1], k.shape[1]), _of_softmax(k)
+        weights = q.new_empty(rows * heads, *form)
+        kept = torch.empty(weights.shape, dtype=torch.bool, device=q.device) if dropout else None
+        out = q.new_empty(rows * heads, q.shape[1], v.shape[2])
+        beside, lift = _summands(mask, causal, form, wide, q.device), 1.0
+        first, after = (q * factor, 1.0) if math.frexp(factor)[0] == 0.5 else (q, factor)  # a power of two rounds nothing
+        for row, head, at in _stretches(rows, heads, form):
+            scores = torch.bmm(first[at], k[at].transpose(1, 2)).to(wide)
+            if after != 1.0:
+                scores.mul_(after)
+            for summand in beside:
+                scores.view(-1, len(range(*head.indices(heads))), *form).add_(_part(summand, row, head))
+            here = weights[at]
+            if wide == here.dtype:
+                torch._softmax(scores, -1, False, out=here)
+            else:
+                here.copy_(torch._softmax(scores, -1, False))
+            if kept is not None:
+                kept[at], lift = keep_mask(here, dropout)
+                here = here * _number(kept[at], q.dtype)
+            torch.bmm(here, v[at], out=out[at])
+        ctx.factor, ctx.lift = factor, lift
         ctx.save_for_backward(q, k, v, weights, kept)
-        return torch.bmm(_dropped(weights, kept, ctx.lift), v).view(rows, heads, q.shape[1], v.shape[2])
+        return _scaled(out, lift).view(rows, heads, *out.shape[1:])
 
     @staticmethod
     @once_differentiable
@@ -143,19 +155,73 @@ class _Products(torch.autograd.Function):
         q, k, v, weights, kept = ctx.saved_tensors
         rows, heads = g.shape[:2]
         g = g.reshape(rows * heads, *g.shape[2:])
-        into_v = torch.bmm(_dropped(weights, kept, ctx.lift).transpose(1, 2), g)
-        into_weights = _dropped(torch.bmm(g, v.transpose(1, 2)), kept, ctx.lift)
+        into_q, into_k, into_v = (torch.empty_like(t) for t in (q, k, v))
         wide = _of_softmax(k)
-        into_scores = torch._softmax_backward_data(into_weights.to(wide), weights.to(wide), -1, wide)
-        into_scores = into_scores.mul_(ctx.factor).to(q.dtype)
-        into_q, into_k = torch.bmm(into_scores, k), torch.bmm(into_scores.transpose(1, 2), q)
-        made = [t.view(rows, heads, *t.shape[1:]) for t in (into_q, into_k, into_v)]
-        return *made, None, None, None, None
+        for _, _, at in _stretches(rows, heads, weights.shape[1:]):
+            here, into_weights = weights[at], torch.bmm(g[at], v[at].transpose(1, 2))
+            dropped = here
+            if kept is not None:
+                number = _number(kept[at], q.dtype)
+                dropped, into_weights = here * number, into_weights.mul_(number)
+            torch.bmm(dropped.transpose(1, 2), g[at], out=into_v[at])
+            into_scores = torch._softmax_backward_data(into_weights.to(wide), here.to(wide), -1, wide).to(q.dtype)
+            torch.bmm(into_scores, k[at], out=into_q[at])
+            torch.bmm(into_scores.transpose(1, 2), q[at], out=into_k[at])
+        scales = ctx.factor * ctx.lift, ctx.factor * ctx.lift, ctx.lift  # of the small tensors: the others are all linear
+        made = [_scaled(t, scale) for t, scale in zip((into_q, into_k, into_v), scales, strict=True)]
+        return *(t.view(rows, heads, *t.shape[1:]) for t in made), None, None, None, None
+
+
+def _stretches(rows: int, heads: int, form: Sequence[int]) -> Iterator[tuple[slice, slice, slice]]:
+    """Rows, heads, and rows by heads whose weights are computed at once: few enough to stay in a processor's cache, all of
+    one shape, as each new one costs time. `form`: queries and keys."""
+    fit = max(1, _AT_ONCE // (form[0] * form[1]))
+    if fit >= heads:
+        step = _divisor(rows, fit // heads)
+        for row in range(0, rows, step):
+            yield slice(row, row + step), slice(0, heads), slice(row * heads, (row + step) * heads)
+    else:
+        step = _divisor(heads, fit)
+        for row in range(rows):
+            for head in range(0, heads, step):
+                at = row * heads + head
+                yield slice(row, row + 1), slice(head, head + step), slice(at, at + step)
+
+
+def _divisor(n: int, most: int) -> int:
+    """The largest divisor of n that is not larger than `most`."""
+    return next(d for d in range(min(n, most), 0, -1) if n % d == 0)
+
+
+def _summands(
+    mask: torch.Tensor | None, causal: bool, form: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> list[torch.Tensor]:
+    """What is added to the scores, `[rows or 1, heads or 1, queries or 1, keys or 1]`."""
+
+    def hidden(where: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(where.shape, dtype=dtype, device=device).masked_fill_(where, -torch.inf)
+
+    made = []
+    if causal:
+        made.append(hidden(torch.ones(form, dtype=torch.bool, device=device).triu_(1)))
+    if mask is not None:
+        made.append(hidden(~mask) if mask.dtype == torch.bool else mask)
+    return [m.view((1,) * (4 - m.dim()) + m.shape) for m in made]
+
+
+def _part(summand: torch.Tensor, row: slice, head: slice) -> torch.Tensor:
+    """Of these rows and heads."""
+    return summand[row if summand.shape[0] > 1 else slice(None), head if summand.shape[1] > 1 else slice(None)]
 
 
 def _of_softmax(k: torch.Tensor) -> torch.dtype:
     return torch.float32 if k.dtype == torch.bfloat16 and k.shape[1] <= _FEW else k.dtype
 
 
-def _dropped(x: torch.Tensor, kept: torch.Tensor | None, lift: float) -> torch.Tensor:
-    return x if kept is None else x * kept.view(torch.uint8).to(x.dtype).mul_(lift)
+def _number(kept: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """1 where it is true, else 0."""
+    return kept.view(torch.uint8).to(dtype)  # much faster than from bool
+
+
+def _scaled(x: torch.Tensor, scale: float) -> torch.Tensor:
+    return x if scale == 1.0 else x.mul_(scale)

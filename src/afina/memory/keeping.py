@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Protocol
-from weakref import ref
+from weakref import WeakValueDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -72,12 +72,20 @@ def keep_less(model: nn.Module, mover: Mover | None = None, *, in_blocks: bool =
 
 class _Again:
     """A tensor that a node of the graph can give again. A node keeps its inputs until its own backward, which comes after
-    that of all who use its output."""
+    that of all who use its output. It is computed once for all who keep it, and stays until the last of them has it."""
 
-    __slots__ = ("node", "shape")
+    __slots__ = ("__weakref__", "node", "readers", "shape", "value")
 
     def __init__(self, node: Any, shape: torch.Size):
-        self.node, self.shape = node, shape
+        self.node, self.shape, self.readers = node, shape, 0
+        self.value: torch.Tensor | None = None
+
+    def taken(self) -> torch.Tensor:
+        """The tensor, for one of its readers."""
+        value = _value(self.node).reshape(self.shape) if self.value is None else self.value  # strides may be others
+        self.readers -= 1
+        self.value = value if self.readers > 0 else None
+        return value
 
 
 class _Narrow:
@@ -95,13 +103,18 @@ class _Keeping:
     def __init__(self, mover: Mover | None, *, again: bool):
         self.mover, self.again = mover, again
         self.narrowed: dict[int, tuple[ref[torch.Tensor], ref[_Narrow]]] = {}
+        self.given: WeakValueDictionary[int, _Again] = WeakValueDictionary()  # by the id of the node
 
     def pack(self, tensor: torch.Tensor) -> Any:
         node = tensor.grad_fn
         if node is None or tensor.output_nr or tensor.nbytes < _SMALLEST or not tensor.is_floating_point():
             return self._moved(tensor)
         if self.again and _gives(node):
-            return _Again(node, tensor.shape)
+            made = self.given.get(id(node))
+            if made is None or made.shape != tensor.shape:
+                made = self.given[id(node)] = _Again(node, tensor.shape)
+            made.readers += 1
+            return made
         if node.name() == "ToCopyBackward0":
             source = _made_by(node.next_functions[0])
             if source is not None and source.itemsize < tensor.dtype.itemsize and source.is_floating_point:
@@ -111,7 +124,7 @@ class _Keeping:
     def unpack(self, kept: Any) -> torch.Tensor:
         with torch.no_grad():
             if isinstance(kept, _Again):
-                return _value(kept.node).reshape(kept.shape)  # its strides may be others than they were
+                return kept.taken()
             if isinstance(kept, _Narrow):
                 return self._back(kept.kept).to(kept.dtype)
             return self._back(kept)
