@@ -3,8 +3,8 @@
 Left to autograd this is a chain of small nodes whose bookkeeping costs more than their sums on small layers, and whose
 temporaries are as large as the output on big ones. Here both products go into one buffer, forward and backward, and the
 input's gradient is summed in place. Kept for backward: x, x A.T, and one byte a value of x under dropout. Under autocast
-the 16-bit copies of x and of the weight, which autograd would keep, are made again in backward; what has the type already is
-used as it is.
+the 16-bit copies of x and of the weight, which autograd would keep, are made again in backward, that of x once for layers
+that read it one after the other; what has the type already is used as it is.
 
 Thin products are laid so that the long side is the last one: on a CPU that is two to three times faster than the other way.
 """
