@@ -21,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from every_task import CASES, EVERY, finished
 from pages import EVIL, Page
 
+from afina.data.boxes import read_boxes
+from afina.data.pictures import picture_size
 from afina.errors import CheckpointError, ConfigError
 from afina.report.answer import headline
 from afina.report.card import card, write_card
@@ -36,6 +38,7 @@ from afina.tasks.entities import Scheme
 pytestmark = pytest.mark.xdist_group("every task")
 CHROMIUM = Path("/usr/bin/chromium")
 PICTURES = ("image_classification", "semantic_segmentation")
+TAGGED = ("token_classification", "document_token_classification")
 CLASSES = ("sequence_classification", "image_classification", "audio_classification")
 COMMON = {"answer", "figures", "model", "training", "mistakes", "data", "lengths", "cost", "use"}
 OWN = {
@@ -43,7 +46,7 @@ OWN = {
     "image_classification": {"confusions", "classes", "calibration"},
     "audio_classification": {"confusions", "classes", "calibration"},
     "multi_label_classification": {"classes", "calibration"},
-    "token_classification": {"classes"},
+    **{name: {"classes"} for name in TAGGED},
     "regression": {"numbers"},
     "sentence_similarity": {"numbers"},
     **{name: {"written"} for name in ("dpo", "orpo", "kto")},
@@ -78,7 +81,7 @@ def test_the_page_has_what_the_task_has(name, made):
     assert len(run.baselines) > 0
     for title in run.baselines:
         assert title in page.sections["answer"] + page.sections["figures"]
-    begins = [next(iter(row.given.values()))[:20] if name != "token_classification" else "" for row in run.rows]
+    begins = [next(iter(row.given.values()))[:20] if name not in TAGGED else "" for row in run.rows]
     shown = [words for words in begins if words in text]
     assert shown, "no text of a test row is on the page"
     assert [tag for tag, _ in page.tags].count("caption") == [tag for tag, _ in page.tags].count("table")
@@ -99,12 +102,13 @@ def test_intervals_hold_the_figure(name, made):
         "right rows": run.test.get("accuracy" if name in CLASSES else "subset_accuracy"),
         "F1 of a row": run.test.get("f1"), "absolute error": -run.test["mae"] if "mae" in run.test else None,
     }.get(what)  # fmt: skip
-    if mean is not None and name != "token_classification":
+    if mean is not None and name not in TAGGED:
         assert np.mean(scores) == pytest.approx(mean, abs=1e-5)
 
 
-def test_the_report_reads_entities_as_the_task_does(made):
-    run = read_run(made("token_classification"))
+@pytest.mark.parametrize("name", TAGGED)
+def test_the_report_reads_entities_as_the_task_does(name, made):
+    run = read_run(made(name))
     scheme, counts = Scheme(run.test["scheme"]), np.zeros(3)
     for row in run.rows:
         said = tagged(run, row)
@@ -132,11 +136,23 @@ print("torch" in sys.modules)
     assert done.stdout.strip() == "False"
 
 
+def boxes_of(run, row):
+    """In thousandths of the page."""
+    words, size = json.loads(row.given["text"]), picture_size(row.given["image"])
+    return read_boxes(row.given["boxes"], words, run.metrics["task"]["options"]["boxes"], size)[0]
+
+
 def ask(name, run, row):
     """The lines of the page with the texts of a row in the places that are left open."""
     lines, texts = python_lines(run), [cell for role, cell in row.given.items() if role != "label"]
     if name == "token_classification":
         return lines.replace('["A", "list", "of", "words"]', texts[0])
+    if name == "document_token_classification":
+        lists = {'["A", "list", "of", "words"]': texts[0], "[[0, 0, 1000, 1000]] * len(words)": f"{boxes_of(run, row)}"}
+        for there, text in lists.items():
+            assert there in lines
+            lines = lines.replace(there, text)
+        return lines.replace('"..."', repr(row.given["image"]))
     if name == "question_answering":
         return lines.replace('"...?", "..."', f"{texts[0]!r}, {texts[1]!r}")
     if name == "reranking":
@@ -171,7 +187,7 @@ def test_the_python_lines_answer_as_the_run_did(name, made):
             assert float(said) == pytest.approx(float(wanted), abs=1e-4)
         elif name == "reranking":
             assert eval(said)[0] == (pytest.approx(float(row.answer), abs=1e-4), row.given["text_pair"])
-        elif name == "token_classification":
+        elif name in TAGGED:
             assert [tag for _, tag in eval(said)] == row.more["answer_tags"].split()
         elif name == "question_answering":
             assert said == row.answer

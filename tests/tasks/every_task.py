@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import diffusion_bases
+import document_bases
 import picture_bases
 import sound_bases
 import soundfile
@@ -154,6 +155,7 @@ CASES = {
     "multi_label_classification": (several, tiny_bases.save_bert, {}),
     "regression": (numbered, tiny_bases.save_bert, {}),
     "token_classification": (tagged, tiny_bases.save_bert, {}),
+    "document_token_classification": (document_bases.row, document_bases.save_base, {"boxes": "pixels"}),
     "question_answering": (asked, tiny_bases.save_bert, {}),
     "causal_lm": (instructed, save_causal, {"max_new_tokens": 5, "generate": True}),
     "seq2seq": (translated, save_t5, {"max_new_tokens": 5}),

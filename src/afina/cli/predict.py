@@ -55,10 +55,14 @@ def predict(
     trained = TrainedRun.load(run)
     kind = trained.task.kind
     first = kind.input
-    if (text and kind.media) or (file and not kind.media):
+    if (text and not kind.of_text) or (file and kind.of_text):
         given, wanted = ("--text", "--file FILE") if text else ("--file", '--text "..."')
         raise ConfigError(f"{given}: {trained.task.name} reads {kind.what}s; say {wanted}")
     known = kind.columns
+    beside = [r for r, c in known.items() if c.required and c.asked and r not in (first, "text_pair", "label")]
+    if beside and data is None:
+        raise ConfigError(f"{'--text' if text else '--file'}: {trained.task.name} reads {' and '.join(beside)} too; give "
+                          "rows by --data")  # fmt: skip
     asked = {role: name for role, name in trained.columns.items() if role != "label" and known[role].asked}
     read: Any = None
     if data is not None:

@@ -62,7 +62,7 @@ def prepare(
     recipe = assemble({k: v for k, v in chosen.items() if v is not None}, _about_data(words, problems), problems)
     _check(recipe, output, problems)
     rows, columns = None, dict[str, str]()
-    kind = find_task(recipe.task["name"]).kind if recipe.task.get("name") in tasks() else None
+    kind = find_task(recipe.task["name"]).kind_for(recipe.task) if recipe.task.get("name") in tasks() else None
     if kind is not None and recipe.data.file:
         try:
             rows = rows_of(recipe.data, kind, typed_as)

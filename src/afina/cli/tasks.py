@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from afina.cli.assignments import typed_as
 from afina.cli.show import console, heading, pairs, quiet, table
 
 __all__ = ["tasks"]
@@ -29,7 +30,7 @@ def tasks(name: Annotated[str | None, typer.Argument(help="A task, to see its co
     pairs({"is": (task.__doc__ or "").strip().splitlines()[0], "figures": ", ".join(f.title for f in task.figures.values())})
     heading("Columns")
     rows = [
-        [f"--{role.replace('_', '-')}", column.help, ", ".join(column.names), "" if column.required else "may be left out"]
+        [typed_as(f"data.{role}"), column.help, ", ".join(column.names), "" if column.required else "may be left out"]
         for role, column in task.kind.columns.items()
     ]
     table(["option", "holds", "found by the name", ""], rows)

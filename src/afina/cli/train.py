@@ -167,5 +167,7 @@ def show_outcome(run: Run, metrics: dict[str, Any], seconds: float) -> None:
         }
     )
     pair = ' --text-pair "..."' if "text_pair" in run.columns and run.task.kind.columns["text_pair"].asked else ""
-    asked = "--file FILE" if run.task.kind.media else f'--text "..."{pair}'
+    asked = f'--text "..."{pair}' if run.task.kind.of_text else "--file FILE"
+    if "boxes" in run.columns:
+        asked = "--data FILE --output answered.csv"
     console().print(f"\nTry it:  afina predict {run.output} {asked}", markup=False)

@@ -193,6 +193,8 @@ class PromptFeeder:
         _extend_mask(kwargs, n)
         if kwargs.get("token_type_ids") is not None:
             kwargs["token_type_ids"] = F.pad(kwargs["token_type_ids"], (n, 0))
+        if kwargs.get("bbox") is not None:  # of words on a page: virtual tokens stand in its corner
+            kwargs["bbox"] = F.pad(kwargs["bbox"], (0, 0, n, 0))
         if kwargs.get("position_ids") is not None:
             text = kwargs["position_ids"] + n
             front = torch.arange(n, device=text.device).expand(text.shape[0], n)

@@ -54,7 +54,7 @@ class CleanReport:
         """One sentence for each thing that was found."""
         found, it = [*self.files], self.what
         for lines, what in (
-            (self.broken_files, f"left out: the {it} cannot be read (data.clean.broken_files)"),
+            (self.broken_files, f"left out: the {it if it != 'text' else 'file'} cannot be read (data.clean.broken_files)"),
             (self.repaired_texts, "repaired: letters were read in a wrong encoding, or are control characters"),
             (self.white_space, "repaired: runs of white space"),
             (self.empty_texts, f"dropped: there is no {it}" if it != "text" else "dropped: the text is empty"),

@@ -109,7 +109,7 @@ def divided(table: Table, kind: Kind, options: DataOptions, *, columns: Mapping[
     check_classes(table, kind, columns, kept, report, three=mode in ("stratified", "grouped"))
     if not kind.held_out:
         return _all_learned(kept, kind, notes, report)
-    near = [] if steps.near_duplicates == "ignore" or kind.media else _near(kept, steps.near_share)
+    near = [] if steps.near_duplicates == "ignore" or not kind.of_text else _near(kept, steps.near_share)
     if steps.near_duplicates == "drop":
         report.near_dropped = [kept.pop(i).line for group in near for i in group[1:]]
         near = []

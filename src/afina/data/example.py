@@ -11,7 +11,8 @@ from afina.data.media import Medium
 
 __all__ = ["ROLES", "Column", "Example", "Kind", "UnusableError"]
 
-ROLES = ("text", "image", "audio", "text_pair", "negatives", "label")  # keys of `data` in a recipe that name columns
+# keys of `data` in a recipe that name columns
+ROLES = ("text", "boxes", "page_size", "image", "audio", "text_pair", "negatives", "label")
 
 
 class UnusableError(Exception):
@@ -80,6 +81,11 @@ class Kind:
     def input(self) -> str:
         """The role of the first column: what a row must have to be answered."""
         return next(iter(self.columns))
+
+    @property
+    def of_text(self) -> bool:
+        """Whether the input is a text; files may go with it."""
+        return self.columns[self.input].medium is None
 
     @property
     def what(self) -> str:

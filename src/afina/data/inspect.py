@@ -28,7 +28,7 @@ def inspected(
     `rows` are numbers of the rows of the table that the examples were made of. Of pictures and recordings, only imbalance.
     """
     labels = kind.labels
-    if kind.media:
+    if not kind.of_text:
         return {"imbalance": _imbalance(examples) if labels == "class" else None}
     lengths = sorted(len(e.text.split()) for e in examples)
     found: dict[str, Any] = {

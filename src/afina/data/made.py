@@ -40,6 +40,9 @@ def made(
         given = {role: value for role, value in row.items() if value or role != "label"}
         lacks_text = not any(value for role, value in given.items() if role != "label")
         lacks_label = labelled and "label" in columns and "label" not in given
+        if any(isinstance(looks[row[role]], str) for role in kind.media if row.get(role)):
+            report.broken_files.append(line)
+            continue
         try:
             example = kind.make(given, line)
         except UnusableError as error:
@@ -57,8 +60,6 @@ def made(
             report.empty_texts.append(line)
         elif lacks_label or (labelled and not example.label.strip()):
             report.missing_labels.append(line)
-        elif any(isinstance(looks[row[role]], str) for role in kind.media if row.get(role)):
-            report.broken_files.append(line)
         else:
             examples[i] = replace(example, row=row, text=held(example.text, row, kind, looks))
     problems = Problems(str(table.path))

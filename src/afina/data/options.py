@@ -44,6 +44,8 @@ class DataOptions:
     label: str = option("", "column of the label or answer")
     text_pair: str = option("", "column of a second text, where the task has one")
     negatives: str = option("", "column of wrong passages, where the task has them")
+    boxes: str = option("", "column of the boxes of words on a page, where the task has them")
+    page_size: str = option("", "column of the width and height of a page in pixels, where no picture of it tells")
     validation_file: str = option("", "file of the rows that choose the best epoch, where it is one of its own")
     test_file: str = option("", "file of the rows that are read once, at the end, where it is one of its own")
     header: bool = option(True, "is the first row of a CSV its header; columns are called 1, 2, ... where it is not")

@@ -13,10 +13,11 @@ from typing import Any
 from afina.data.media import Look, Medium
 from afina.errors import MissingDependencyError
 
-__all__ = ["MASK", "PICTURE", "check_pillow", "read_mask", "read_picture"]
+__all__ = ["MASK", "PICTURE", "check_pillow", "picture_size", "read_mask", "read_picture"]
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif")
 _ORIENTATION = 0x0112  # the EXIF tag
+_TURNED = 5  # its values from here on are turned by a quarter
 _MOST_PIXELS = 150_000_000
 _SIXTEEN = ("I;16", "I;16B", "I;16L", "I;16N")
 
@@ -32,6 +33,19 @@ def check_pillow() -> None:
 def read_picture(path: str | Path) -> Any:
     """The picture in a file, upright, as RGB. Raises ValueError saying what is wrong with the file."""
     return _read(path)[0]
+
+
+def picture_size(path: str | Path) -> tuple[int, int]:
+    """Width and height of the picture in a file, upright; its pixels are not read. Raises ValueError where it is none."""
+    check_pillow()
+    from PIL import Image
+
+    try:
+        with Image.open(path) as opened:
+            width, height = opened.size
+            return (height, width) if opened.getexif().get(_ORIENTATION, 1) >= _TURNED else (width, height)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
 
 
 def _read(path: str | Path) -> tuple[Any, tuple[str, ...]]:

@@ -70,6 +70,8 @@ class Table:
     audio: str = ""
     text_pair: str = ""
     negatives: str = ""
+    boxes: str = ""
+    page_size: str = ""
     label: str = ""
     nested: dict[str, str] = field(default_factory=dict)  # columns with a list or an object in them: where the first is
     running: bool = False  # one row, a text that goes on: it is divided where it stands

@@ -25,6 +25,7 @@ from afina.core.layers import LayerView, view_of
 from afina.errors import CheckpointError, ConfigError, TargetError, shortened
 from afina.export.format import Format, Settings, Source, model_class
 from afina.export.merged import read_merged, write_shards
+from afina.memory.loading import READ_AS_TABLES
 from afina.tasks.task import Task
 
 __all__ = ["Int8", "Int8Embedding", "Int8Linear", "load_int8", "quantised", "rounded"]
@@ -94,8 +95,10 @@ def _engine() -> str:
     return found
 
 
-def _view(module: nn.Module) -> LayerView | None:
+def _view(path: str, module: nn.Module) -> LayerView | None:
     """The module as a linear layer or a table that can be stored so, or None."""
+    if path.rpartition(".")[2] in READ_AS_TABLES:
+        return None
     try:
         view = view_of(module)
     except TargetError:  # an embedding with a forward of its own
@@ -110,7 +113,7 @@ def quantised(model: Any) -> Iterator[dict[str, torch.Tensor]]:
     targets = set(getattr(model, "all_tied_weights_keys", None) or ())
     done: set[int] = set()
     for path, module in model.named_modules():
-        view = _view(module)
+        view = _view(path, module)
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             key = f"{path}.{name}".lstrip(".")
             if tensor is None or name in module._non_persistent_buffers_set:
@@ -196,7 +199,7 @@ class Int8(Format):
         places: dict[int, str] = {}
         modules = {}
         for path, module in model.named_modules():
-            if _view(module) is not None:
+            if _view(path, module) is not None:
                 modules[path] = places.setdefault(id(module._parameters["weight"]), path)
         if not modules:
             raise ConfigError(f"--format int8: {type(model).__name__} has no linear layer or table that could be stored so")

@@ -2,7 +2,8 @@
 
 Inputs are `input_ids`, `attention_mask` and, where the tokenizer makes them, `token_type_ids`, each int64 `[rows, tokens]`;
 of pictures `pixel_values`, float32 `[rows, channels, height, width]`, at the size that the image processor makes; of
-recordings what the feature extractor makes, samples of any length with their mask or frames of one size.
+recordings what the feature extractor makes, samples of any length with their mask or frames of one size; of
+documents `bbox` too, `[rows, tokens, 4]`.
 Outputs are what the model returns (`logits`; `start_logits` and `end_logits`; `last_hidden_state`), and what is answered
 with: `probabilities` of classes and tags, `value` in the unit of the file, `sentence_embedding` of length 1. A model that
 writes gives logits of the next token at every place, and is called once a token; one with an encoder is two files,
@@ -69,7 +70,7 @@ class _Answering(nn.Module):
         task, said = self.task, SimpleNamespace(**made)
         if task.kind.labels in ("class", "classes") and not isinstance(task, CausalLM):
             return {"probabilities": task.outputs(lambda **_: said, {}).float()}
-        if task.name == "token_classification":
+        if task.task_type == "TOKEN_CLS":
             return {"probabilities": torch.softmax(said.logits, dim=-1)}
         if task.name == "reranking":
             return {"score": torch.sigmoid(said.logits.squeeze(-1))}
@@ -120,6 +121,10 @@ def _given(model: Any, task: Task) -> dict[str, torch.Tensor]:
     if isinstance(task, SoundTask):
         heard = task.heard(task.collate(task.noises((1.0, 0.7))))
         return {name: heard[name] for name in heard if name != "attention_mask" or not task.learned.get("apart")}
+    if task.processor_kind == "document":
+        examples = [replace(e, label="") for e in task.stand_ins(task.options) or ()]
+        batch = task.collate([{**f, "row": 0} for f in task.encode(examples, _WIDTHS[1], _WIDTHS[1]).features[: _WIDTHS[0]]])
+        return {n: batch[n] for n in ("input_ids", "bbox", "attention_mask", "pixel_values") if n in batch}
     known = inspect.signature(model.forward).parameters
     names = [n for n in ("input_ids", "attention_mask", "token_type_ids")
              if n in known and n in (*task.tokenizer.model_input_names, "attention_mask")]  # fmt: skip
@@ -320,7 +325,7 @@ class Onnx(Format):
         try:
             given = _given(model, source.task)
             unit = source.task.unit
-            lengths = {name: unit for name, tensor in given.items() if tensor.dim() == 2}
+            lengths = {name: unit for name, tensor in given.items() if tensor.dim() == 2 or name == "bbox"}
             if model.config.is_encoder_decoder and isinstance(source.task, WritingTask):
                 _traced(_Encoding(model, tuple(given)), given, lengths, folder / ENCODER, bytes_)
                 states = torch.randn_like(model.get_encoder()(**given).last_hidden_state)

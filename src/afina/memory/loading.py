@@ -26,9 +26,13 @@ from afina.core.codecs import codec_of
 from afina.errors import MissingDependencyError
 from afina.memory.measure import release
 
-__all__ = ["READ_BEFORE_TIDYING", "check_library", "device_of_process", "floating", "load_quantised", "tensor_by_tensor"]
+__all__ = [
+    "READ_AS_TABLES", "READ_BEFORE_TIDYING", "check_library", "device_of_process", "floating", "load_quantised",
+    "tensor_by_tensor",
+]  # fmt: skip
 
 READ_BEFORE_TIDYING = 32 << 20  # bytes that are read before what was let go is given back
+READ_AS_TABLES = ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias")  # linear layers of LayoutLMv3 that are never called
 _LIBRARIES = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "fp4": "bitsandbytes", "int8_weight_only": "torchao"}
 _CAST_TO_WEIGHT = {"wo"}  # kept in float32 by transformers where float16 would overflow; here sums are wider
 
@@ -107,7 +111,7 @@ def floating(model: Any, stored: set[str] | None = None) -> list[str]:
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     ties = getattr(model, "all_tied_weights_keys", None) or {}
     tied = {key.removesuffix(".weight") for pair in ties.items() for key in pair}
-    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ()) - _CAST_TO_WEIGHT
+    kept = {*(getattr(model, "_keep_in_fp32_modules", None) or ()), *READ_AS_TABLES} - _CAST_TO_WEIGHT
     names = []
     for name, module in model.named_modules():
         if type(module).__name__ not in ("Linear", "Conv1D"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from afina.report.cells import TAGGED
 from afina.report.folder import RunFolder, Shown
 from afina.report.markup import Markup, Node, cut, el, join, table
 from afina.report.scores import Intervals, intervals
@@ -19,7 +20,7 @@ _MORE = {
     "hamming_loss": Shown("Hamming loss", ".4f", -1), "mse": Shown("MSE", ".4g", -1), "pearson": Shown("Pearson"),
 }  # fmt: skip
 _WRONG = {
-    "token_classification": "have a wrong tag", "multi_label_classification": "have a wrong or missing label",
+    **dict.fromkeys(TAGGED, "have a wrong tag"), "multi_label_classification": "have a wrong or missing label",
     "question_answering": "are not answered exactly",
     **dict.fromkeys(("reward", "dpo", "orpo"), "are ranked the wrong way round or equal"),
 }  # fmt: skip

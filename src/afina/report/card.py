@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from afina.core.files import write_atomically
+from afina.report.cells import TAGGED
 from afina.report.folder import RunFolder, read_run
 from afina.report.markup import cut
 from afina.report.preferred import POLICIES
@@ -33,7 +34,7 @@ _PIPELINES = {
     "semantic_segmentation": "image-segmentation",
     "sentence_similarity": "sentence-similarity", "seq2seq": "text2text-generation",
     "speech_recognition": "automatic-speech-recognition",
-    "sequence_classification": "text-classification", "token_classification": "token-classification",
+    "sequence_classification": "text-classification", **dict.fromkeys(TAGGED, "token-classification"),
     "reward": "text-classification", **dict.fromkeys(POLICIES, "text-generation"),
 }  # fmt: skip
 _KNOWN = 30  # labels that are listed

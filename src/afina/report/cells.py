@@ -10,7 +10,10 @@ from typing import Any
 from afina.data.squad import parsed_answers
 from afina.report.folder import Row, RunFolder
 
-__all__ = ["Tagged", "answers_in", "names_in", "number_in", "tagged"]
+__all__ = ["TAGGED", "Tagged", "answers_in", "names_in", "number_in", "tagged"]
+
+
+TAGGED = ("token_classification", "document_token_classification")  # tasks with a tag a word
 
 
 def names_in(cell: str) -> list[str]:

@@ -71,6 +71,7 @@ def _purpose(run: RunFolder) -> str:
         **dict.fromkeys(("audio_classification", "image_classification", "sequence_classification"),
                         f"to tell {count} classes apart"),
         "token_classification": f"to tag words with {count} tags",
+        "document_token_classification": f"to tag the words of pages with {count} tags",
     }
     return known.get(run.task) or _FOR.get(run.task, f"for {run.task.replace('_', ' ')}")
 

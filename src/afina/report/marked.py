@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from afina.report.cells import answers_in, number_in, tagged
+from afina.report.cells import Tagged, answers_in, number_in, tagged
 from afina.report.folder import Row, RunFolder
 from afina.report.markup import Markup, Node, cut, el, text_of_user
 from afina.report.words import counted, percent
@@ -13,6 +13,7 @@ from afina.tasks.entities import Entity, Scheme
 
 __all__ = ["mistaken_answers", "mistaken_tags"]
 
+Page = Callable[[Row, Tagged, Sequence[Entity], Sequence[Entity]], Markup]
 SHOWN = 20
 _WORDS = 120  # of a text that is shown
 _AROUND = 160  # characters of the context around an answer
@@ -23,25 +24,27 @@ def _legend(names: Sequence[tuple[str, str]] = _KEY) -> Markup:
     return el("p", *(Markup(el("mark", name, class_=class_) + " ") for class_, name in names), class_="note")
 
 
-def mistaken_tags(run: RunFolder) -> Markup:
-    """Sentences with most mistakes, their entities marked."""
+def mistaken_tags(run: RunFolder, page: Page | None = None, most: int = SHOWN) -> Markup:
+    """Sentences with most mistakes, their entities marked. `page` shows what they stand on, given what was missed and what
+    was answered wrongly."""
     scheme, found = Scheme(str(run.test.get("scheme", "plain"))), []
     for row in run.rows:
         said = tagged(run, row)
         true, given = scheme.entities(said.true), scheme.entities(said.answered)
         missed, extra = [e for e in true if e not in given], [e for e in given if e not in true]
         if missed or extra:
-            found.append((len(missed) + len(extra), row, said.words, [e for e in true if e in given], missed, extra))
+            found.append((len(missed) + len(extra), row, said, [e for e in true if e in given], missed, extra))
     if not found:
         return el("p", f"None: all {counted(len(run.rows), 'test row')} are tagged right.")
     found.sort(key=lambda made: -made[0])
     items = []
-    for _, row, words, hits, missed, extra in found[:SHOWN]:
+    for _, row, said, hits, missed, extra in found[:most]:
         counts = [f"{len(these)} {name}" for these, name in ((hits, "found"), (missed, "missed"), (extra, "wrong")) if these]
         verdict = el("p", f"{', '.join(counts)} · line {row.line}", class_="verdict")
-        items.append(el("li", _sentence(words, hits, missed, extra), verdict))
+        seen = page(row, said, missed, extra) if page is not None else None
+        items.append(el("li", seen, _sentence(said.words, hits, missed, extra), verdict))
     count = counted(len(found), "row")
-    shown = f"The {SHOWN} of {count} with the most mistakes" if len(found) > SHOWN else f"{count.capitalize()} with mistakes"
+    shown = f"The {most} of {count} with the most mistakes" if len(found) > most else f"{count.capitalize()} with mistakes"
     said_all = f"{shown}, each entity with its type."
     if scheme.name == "plain":
         said_all = f"{shown}; each word is marked that has or was given another tag."

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from afina.report.cells import answers_in, names_in, number_in, tagged
+from afina.report.cells import TAGGED, answers_in, names_in, number_in, tagged
 from afina.report.folder import SHARE_RIGHT, RunFolder
 from afina.report.misheard import word_counts
 from afina.report.statistics import bootstrapped, macro_f1_interval, middle_95, resampled_sums, wilson
@@ -50,7 +50,7 @@ def _intervals(run: RunFolder) -> Intervals:
         found |= _of_labels(truth, chosen_labels(run))
         found |= _of_ranks("mean_average_precision", average_precision, truth, run.probabilities)
         found |= _of_ranks("roc_auc", roc_auc, truth, run.probabilities)
-    elif run.task == "token_classification":
+    elif run.task in TAGGED:
         found |= _of_entities(run)
     elif run.task == "question_answering":
         found["f1"] = middle_95(resampled_sums(row_scores(run)[1][:, None])[:, 0] / len(run.rows))

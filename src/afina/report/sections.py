@@ -13,6 +13,7 @@ from afina.report.folder import RunFolder
 from afina.report.history import cost, curves, trained
 from afina.report.lengths import lengths
 from afina.report.marked import mistaken_answers, mistaken_tags
+from afina.report.marked_pages import mistaken_pages
 from afina.report.markup import Markup
 from afina.report.misheard import misheard
 from afina.report.misses import misses
@@ -48,6 +49,7 @@ def examples(run: RunFolder) -> Markup | None:
         "speech_recognition": misheard,
         "multi_label_classification": mistaken_labels,
         "token_classification": mistaken_tags,
+        "document_token_classification": mistaken_pages,
         "question_answering": mistaken_answers,
         "regression": furthest,
         "reward": misranked,
@@ -84,6 +86,7 @@ _PARTS: tuple[tuple[str, str, Made], ...] = (
 )
 _TITLES = {
     ("classes", "token_classification"): "Each type",
+    ("classes", "document_token_classification"): "Each type",
     ("classes", "multi_label_classification"): "Each label",
     ("mistakes", "causal_lm"): "What it writes",
     ("mistakes", "semantic_segmentation"): "How well pixels are met",

@@ -23,6 +23,8 @@ def command_lines(run: RunFolder, folder: Path) -> str:
         texts = '--text "..." --text-pair "..."'
     elif run.task in POLICIES:
         pass
+    elif "boxes" in run.data["columns"]:
+        texts = "--data new.jsonl --output answered.csv"
     elif run.task in ("question_answering", "sentence_similarity") or "text_pair" in run.data["columns"]:
         texts = f"--data new.csv --output {'answered' if run.task != 'sentence_similarity' else 'scored'}.csv"
     lines = [
@@ -214,6 +216,36 @@ print([(words[word], tags[tag]) for word, tag in zip(begun, best.tolist()) if wo
     )
 
 
+def _boxed(run: RunFolder) -> Lines:
+    task = run.metrics["task"]
+    looks = task.get("family") == "layoutlmv3" and task["options"]["pictures"]
+    end = "\nbbox[-1] = [1000] * 4  # of what ends the words" if task.get("family") == "layoutlm" else ""
+    imported = "from transformers import AutoTokenizer\n\nfrom afina.data.pictures import read_picture\n" if looks else ""
+    reader = f"""
+tokenizer = AutoTokenizer.from_pretrained({_FOLDER})
+processor = AutoImageProcessor.from_pretrained({_FOLDER}, backend="pil", apply_ocr=False)""" if looks else ""
+    seen = 'batch |= processor(read_picture("..."), return_tensors="pt")  # the page\n' if looks else ""
+    return (
+        "AutoModelForTokenClassification",
+        [f"num_labels={len(run.labels)}"],
+        f"""{imported}from afina.tasks.entities import Scheme, legal_path
+from afina.tasks.words import first_seen, joined, words_of_pieces
+{reader}
+tags, words = {run.labels!r}, ["A", "list", "of", "words"]
+boxes = [[0, 0, 1000, 1000]] * len(words)  # of each word: x0, y0, x1, y1, in thousandths of the page
+text, spans = joined(words)
+pieces = tokenizer.backend_tokenizer.encode(text)  # longer pages: in windows
+inside = words_of_pieces(text, spans, pieces.offsets)  # which word a piece is of
+bbox = [boxes[word] if word >= 0 else [0] * 4 for word in inside]{end}
+batch = {{"input_ids": torch.tensor([pieces.ids]), "bbox": torch.tensor([bbox])}}
+{seen}with torch.no_grad():
+    shares = torch.softmax(model(**batch).logits[0], -1)
+first = [(place, word) for place, word in enumerate(first_seen(inside)) if word >= 0]
+best = legal_path(shares[[place for place, _ in first]].numpy(), tags, Scheme({run.test.get("scheme", "plain")!r}))
+print([(words[word], tags[tag]) for (_, word), tag in zip(first, best)])""",
+    )
+
+
 def _span(run: RunFolder) -> Lines:
     return (
         "AutoModelForQuestionAnswering",
@@ -320,6 +352,7 @@ print(tokenizer.decode(made[0], skip_special_tokens=True))""",
 _TASKS: dict[str, Callable[[RunFolder], Lines]] = {
     "audio_classification": _sounds,
     "causal_lm": _continued,
+    "document_token_classification": _boxed,
     "image_classification": _pictures,
     **dict.fromkeys(POLICIES, _continued),
     "reward": _ranked,

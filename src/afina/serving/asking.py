@@ -97,6 +97,11 @@ def _row(served: Served, given: Any, number: int) -> dict[str, str]:
             raise RequestError(400, f"{where}.text is a list; {served.task.name} reads a text", param="input")
         text = json.dumps(text, ensure_ascii=False)
     row = {"text": text}
+    for role, values in (("boxes", one.boxes), ("page_size", one.page_size)):
+        if values is not None and role not in columns:
+            raise RequestError(400, f"{where}.{role}: {served.task.name} reads none", param="input")
+        if values is not None:
+            row[role] = json.dumps(values)
     trained = served.run.columns
     if pair is not None:
         if "text_pair" not in columns:

@@ -123,6 +123,12 @@ def load_models(runs: dict[str, Path], tell: Any = lambda line: None) -> Models:
     for name, folder in runs.items():
         try:
             described[name] = TrainedRun.described(folder)
+            task = described[name][1]
+            if task.reads_files:
+                cure = "ask it with `afina predict`"
+                if task.kind.of_text:
+                    cure += ", or train one on words and boxes alone (task.pictures=false)"
+                problems.add(f"{folder}: {task.name} reads files, which a request does not hold; {cure}")
         except AfinaError as error:
             problems.add(str(error))
     problems.raise_as(CheckpointError)

@@ -19,7 +19,7 @@ from afina.tasks.task import Batch, Feature
 
 __all__ = ["forward", "read_together"]
 
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "bbox")
 _ONE_A_ROW = "SEQ_CLS"  # results are [rows, classes]; those of other kinds are [rows, tokens, ...]
 
 
@@ -76,9 +76,8 @@ def forward(lane: Lane, names: Sequence[str], inputs: Batch) -> dict[str, torch.
 def _joined(batches: Sequence[Batch], pads: Sequence[int]) -> Batch:
     """The inputs of all batches as one, padded on the right; segments are 0 where a task gives none, as the model has it."""
     width = max(batch["input_ids"].shape[1] for batch in batches)
-    segments = any("token_type_ids" in batch for batch in batches)
     joined = {}
-    for name in _INPUTS[: 3 if segments else 2]:
+    for name in (name for name in _INPUTS if any(name in batch for batch in batches)):
         parts = [
             _padded(batch.get(name, torch.zeros_like(batch["input_ids"])), width, pad if name == "input_ids" else 0)
             for batch, pad in zip(batches, pads, strict=True)
@@ -88,7 +87,8 @@ def _joined(batches: Sequence[Batch], pads: Sequence[int]) -> Batch:
 
 
 def _padded(rows: torch.Tensor, width: int, value: int) -> torch.Tensor:
-    return torch.nn.functional.pad(rows, (0, width - rows.shape[1]), value=value)
+    """Rows of a number, or of the four of a box, a token."""
+    return torch.nn.functional.pad(rows, (*[0] * (2 * (rows.dim() - 2)), 0, width - rows.shape[1]), value=value)
 
 
 def _classes(served: Served) -> int | None:

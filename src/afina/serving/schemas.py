@@ -156,9 +156,12 @@ class EmbeddingRequest(_Request):
 
 
 class ClassifyInput(_Request):
-    """A text, and a second one where the task reads two; of question answering, the question and its context."""
+    """A text, and a second one where the task reads two; of question answering, the question and its context; of a page, its
+    words with a box each, and where those are in pixels its width and height."""
 
     text: Text | list[Text] | None = None
+    boxes: list[list[float]] | None = None
+    page_size: list[float] | None = None
     text_pair: Text | None = None
     question: Text | None = None
     context: Text | None = None

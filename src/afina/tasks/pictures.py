@@ -71,7 +71,7 @@ class PictureTask(Task):
 
     processor_kind: ClassVar[str] = "image_processor"
     unit: ClassVar[str] = "pictures"
-    reads_files: ClassVar[bool] = True
+    reads_files = True
     options: Any
 
     def __init__(self, processor: Any, options: Any = None, learned: Mapping[str, Any] | None = None):

@@ -54,7 +54,7 @@ class SoundTask(Task):
 
     processor_kind: ClassVar[str] = "feature_extractor"
     unit: ClassVar[str] = "samples"
-    reads_files: ClassVar[bool] = True
+    reads_files = True
     options: Any
 
     def __init__(self, processor: Any, options: Any = None, learned: Mapping[str, Any] | None = None):

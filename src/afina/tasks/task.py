@@ -97,18 +97,18 @@ class Task(ABC):
 
     name: ClassVar[str]
     task_type: ClassVar[str | None]  # PEFT's name for the kind of model
-    kind: ClassVar[Kind]
+    kind: Kind  # of an instance, as its options say: see kind_for
     figures: ClassVar[Mapping[str, Figure]]  # keys of `metrics` that are shown; the first chooses the weights that are kept
     Options: ClassVar[type] = NoOptions  # a dataclass of `option` fields
     smooths: ClassVar[bool] = True  # whether label smoothing means something
     widens: ClassVar[bool] = False  # whether `collate` may pad a batch to more than its longest row, as `width` says
     packs: ClassVar[bool] = False  # whether its training rows may be packed into one
     untuned: ClassVar[bool] = False  # the base answers without training too: its figures are a baseline
-    # What makes the model's input: a tokenizer, image_processor, feature_extractor, or for speech the last, with a tokenizer
-    # where the model has one.
+    # What makes the model's input: a tokenizer, image_processor, feature_extractor, for speech the last, with a tokenizer
+    # where the model has one, or for a document a tokenizer, with an image_processor where the model looks at pages.
     processor_kind: ClassVar[str] = "tokenizer"
     unit: ClassVar[str] = "tokens"  # what lengths count
-    reads_files: ClassVar[bool] = False  # features name files, which `ready` reads
+    reads_files: bool = False  # features name files, which `ready` reads; of a class: features of some bases do
     shows_before: ClassVar[bool] = False  # and what it answered is shown beside the answers
     compares: ClassVar[bool] = False  # the model is measured against a frozen reference (tasks/reference.py)
     refers: ClassVar[bool] = False  # the loss compares a training row with what the reference makes of it

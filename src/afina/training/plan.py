@@ -79,8 +79,9 @@ def planner_for(
         has_file = False
         if recipe.training.max_length is None:
             raise ConfigError(f"{spell('training.max_length')} is missing: without a tokenizer rows cannot be measured")
-    if not files:
-        add_tokens(processor, recipe.data.new_tokens)
+    tokenizer = processor if made.processor_kind == "tokenizer" else getattr(processor, "tokenizer", None)
+    if tokenizer is not None:
+        add_tokens(tokenizer, recipe.data.new_tokens)
     if has_file:
         kind = made.kind_for(recipe.task)
         table = rows_of(recipe.data, kind, spell)

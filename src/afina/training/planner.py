@@ -180,7 +180,12 @@ class Planner:
         if options.trunk_cache == "off" or (size or 0) > parse_size(options.trunk_cache):
             return f"{blocks} are frozen and computed in every step (training.trunk_cache={options.trunk_cache})", []
 
-        def enough(*_: Any) -> None:
+        several = False  # states a token, or others than those of tokens
+
+        def enough(_: Any, __: Any, out: Any) -> None:
+            nonlocal several
+            hidden = out[0] if isinstance(out, tuple) else out
+            several = "bbox" in batch and (isinstance(hidden, tuple) or hidden.shape[:2] != batch["input_ids"].shape)
             raise _Enough
 
         hook = stack.blocks[stack.depth - 1].register_forward_hook(enough)
@@ -189,6 +194,8 @@ class Planner:
             call()
         del copies
         hook.remove()
+        if several:
+            return f"{blocks} are frozen and computed in every step (they give other than one state a token)", []
         room = f"up to {options.trunk_cache}" if size is None else f"at most {shown_size(size)}"
         said = f"{blocks} are frozen and computed once a row; what they give lies on the disk ({room}), not in memory"
         return said, list(stack.blocks[: stack.depth])

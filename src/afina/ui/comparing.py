@@ -47,7 +47,8 @@ class Compared:
         trained = self.load(name)
         kind = trained.task.kind
         if kind.media:
-            raise ConfigError(f"{trained.task.name} reads {kind.what}s; ask it with `afina predict`")
+            said = f"{kind.what}s" if not kind.of_text else " and ".join(kind.columns)
+            raise ConfigError(f"{trained.task.name} reads {said}; ask it with `afina predict`")
         second = kind.columns.get("text_pair")
         reads = second is not None and second.asked and "text_pair" in trained.columns
         if pair and not reads:
