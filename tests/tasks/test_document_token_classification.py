@@ -223,12 +223,12 @@ def _with(page, boxes):
 @pytest.mark.parametrize("kind", KINDS)
 def test_places_are_read(tmp_path, kind):
     """Tags follow from places alone: learned from boxes, and lost where each word has another's."""
-    base = save_base(tmp_path / "base", kind, width=48)
-    task, examples = made(base, rows_of(47), pictures=False)
+    base = save_base(tmp_path / "base", kind, width=36)
+    task, examples = made(base, rows_of(41), pictures=False)
     torch.manual_seed(0)
     model = adapted(task, base)
     rows = Rows(examples, task.encode(examples, None, 66).features)
-    trained(task, model, rows, tmp_path / "run", epochs=20, learning_rate=2e-2)
+    trained(task, model, rows, tmp_path / "run", epochs=12, learning_rate=2e-2)
     right = task.metrics(answered(task, model, rows), examples)
     dealt = shuffled(examples)
     wrong = task.metrics(answered(task, model, Rows(dealt, task.encode(dealt, None, 66).features)), dealt)
