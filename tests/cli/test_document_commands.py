@@ -71,6 +71,8 @@ def test_what_is_wrong_is_told_together_with_the_cure(folder, afina, tmp_path):
     assert "task.boxes is missing: say pixels, or thousandths" in said.err
     said = afina(*words(forms, "layoutlmv3"), "--output", tmp_path / "a", "task.boxes=inches")
     assert "expected one of" in said.err or "pixels" in said.err
+    said = afina(*words(forms, "layoutlmv3"), "--output", tmp_path / "a", "task.boxes=thousandths")
+    assert "FUNSD's layout are pixels of the page; say task.boxes=pixels" in said.err
     broken = shutil.copytree(forms, tmp_path / "broken")
     shutil.copytree(folder / "layoutlm", tmp_path / "layoutlm")
     (broken / "training_data" / "images" / "3.png").unlink()

@@ -119,6 +119,16 @@ def test_the_picture_and_the_said_size_must_agree(tmp_path):
         make({**row, "page_size": "[762, 1000]"}, 2)
 
 
+@pytest.mark.parametrize(("unit", "size", "told"), [
+    ("thousandths", SIZE, True), ("pixels", (2480, 3508), True), ("pixels", SIZE, False),
+])  # fmt: skip
+def test_boxes_that_fill_a_corner_alone_are_asked_about(bases, unit, size, told):
+    """What is said wrongly of boxes often contradicts nothing in a row."""
+    task, examples = made(bases["layoutlm"], [{**row, "page_size": json.dumps(size)} for row in rows_of(7)], boxes=unit)
+    notes = task.encode(examples, None, 66).notes
+    assert any(f"are they {unit}?" in note for note in notes) == told
+
+
 # --- pieces and windows
 
 

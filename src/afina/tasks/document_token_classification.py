@@ -14,6 +14,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,6 +25,7 @@ from afina.data.boxes import GRID, UNITS, Box, read_boxes, read_size
 from afina.data.example import Column, Example, Kind
 from afina.data.funsd import read_funsd
 from afina.data.pictures import PICTURE, picture_size, read_picture
+from afina.data.table import Table
 from afina.errors import ConfigError, DataError, shortened
 from afina.memory.loading import READ_AS_TABLES
 from afina.tasks import token_classification
@@ -36,6 +38,7 @@ __all__ = ["DocumentOptions", "DocumentTokenClassification", "Page"]
 
 _READ = ("layoutlm", "layoutlmv3", "lilt")  # kinds of models that take boxes from 0 to 1000, and install with transformers
 _SHARE = 4  # neighbouring windows share a quarter of their pieces where nothing is said
+_NEAR = 600  # thousandths that some box of some page reaches beyond, where boxes are what they are said to be
 _SHOWN = 5  # rows in an error
 _BLANK = (762, 1000)  # pixels of a page that stands for any
 _LONG = 1000  # words of such a page
@@ -61,6 +64,14 @@ class Page(Words):
     boxes: tuple[Box, ...] = ()
     picture: str | None = ""  # "": no picture is named; None: a blank page that stands for any
     cut: int = 0  # boxes that were cut at the edge
+
+
+def read_forms(path: Path, unit: str = "") -> Table | None:
+    """See `read_funsd`, whose boxes are pixels; raises DataError where the recipe says otherwise."""
+    table = read_funsd(path)
+    if table is not None and unit == "thousandths":
+        raise DataError(f"{path}: boxes in FUNSD's layout are pixels of the page; say task.boxes=pixels")
+    return table
 
 
 def make(row: Mapping[str, str], line: int | str, *, unit: str = "", clip: bool = False) -> Example:
@@ -108,7 +119,7 @@ class DocumentTokenClassification(TokenClassification):
         },
         labels="text",
         make=make,
-        read=read_funsd,
+        read=read_forms,
     )  # fmt: skip
     Options: ClassVar[type] = DocumentOptions
     processor_kind: ClassVar[str] = "document"
@@ -123,7 +134,7 @@ class DocumentTokenClassification(TokenClassification):
     def kind_for(cls, options: Mapping[str, Any]) -> Kind:
         """Rows are made as the options say that boxes are."""
         unit, clip = str(options.get("boxes") or ""), options.get("clip") is True
-        return dataclasses.replace(cls.kind, make=partial(make, unit=unit, clip=clip))
+        return dataclasses.replace(cls.kind, make=partial(make, unit=unit, clip=clip), read=partial(read_forms, unit=unit))
 
     @classmethod
     def wrong_options(cls, options: Any) -> list[str]:
@@ -263,6 +274,8 @@ class DocumentTokenClassification(TokenClassification):
             said.append(f"{one} longer than {length} tokens: {windows} windows of {len(examples)} pages, no word is lost")
         if cut := sum(e.value.cut for e in examples):
             said.append(f"{cut} boxes reached over the edge of their page and were cut there (task.clip)")
+        if (most := max((max(box[2:]) for e in examples for box in e.value.boxes), default=GRID)) < _NEAR:
+            said.append(f"no box of any page reaches beyond {most} thousandths: are they {self.options.boxes}? (task.boxes)")
         if any(e.value.picture for e in examples) and not self.reads_files:
             why = f"{self.learned.get('family')} reads words and boxes" if self.options.pictures else "task.pictures=false"
             said.append(f"the pictures of the pages are not looked at ({why})")
