@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from language_bases import save
 from tiny_bases import save_bert, save_gpt2, write_rows
 
@@ -226,8 +227,10 @@ def test_a_stopped_sweep_goes_on(bases, tmp_path, monkeypatch, run_alone):
         return losses(self, asked)
 
     monkeypatch.setattr(joined.JoinedModel, "losses", killed)
+    torchs = F.dropout
     with pytest.raises(KeyboardInterrupt):
         swept(tmp_path / "sweep", points, together=2)
+    assert F.dropout is torchs  # the runs that waited have given back what they took
     assert [one.state for one in results_of(tmp_path / "sweep", points)] == ["begun", "begun"]
     monkeypatch.undo()
     results, _, _ = swept(tmp_path / "sweep", points, together=2)

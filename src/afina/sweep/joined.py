@@ -22,7 +22,7 @@ from torch import nn
 from afina.core.runtime import Rows
 from afina.functions import get_peft_model
 from afina.memory.step import lean_step
-from afina.tasks.head_loss import Behind, _base, _behind
+from afina.tasks.output_head import Behind, base_of, behind_head
 
 __all__ = ["Asked", "JoinedModel", "width_of"]
 
@@ -178,7 +178,7 @@ def _once(made: Any) -> Callable[[dict[str, Any]], Any]:
 
 def _in_head(asked: Asked, hidden: torch.Tensor) -> torch.Tensor:
     """A loss that is computed where the head is called."""
-    head, behind = _head(asked.model), _behind(_base(asked.model))
+    head, behind = _head(asked.model), behind_head(base_of(asked.model))
     assert isinstance(behind, Behind)
 
     def call(inputs: dict[str, Any]) -> Any:

@@ -21,8 +21,8 @@ from afina.sweep.joined import Asked, JoinedModel, width_of
 from afina.sweep.turns import Turn
 from afina.training.engines.ddp import DDP
 from afina.training.fast_path import fast_path
-from afina.training.loop import Signals
 from afina.training.running import Run
+from afina.training.signals import Signals
 
 __all__ = ["Waiting", "train_together"]
 
@@ -89,6 +89,7 @@ def train_together(
         return tried // 2
 
     with Signals() as signals, ExitStack() as used:
+        used.callback(_end, turns)  # those that an error here has left waiting
         for name in list(turns):
             go_on(name)
         if turns:
@@ -138,6 +139,11 @@ def train_together(
                 steps[name] += 1
                 go_on(name)
     return notes
+
+
+def _end(turns: Mapping[str, Turn]) -> None:
+    for turn in turns.values():
+        turn.end()
 
 
 def _chosen(asked: Mapping[str, Asked], steps: Mapping[str, int], most: int) -> list[str]:
