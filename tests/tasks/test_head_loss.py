@@ -13,7 +13,6 @@ import afina
 from afina.tasks import head_loss
 from afina.tasks.head_loss import (
     Aim,
-    Behind,
     divergences,
     loss_sum,
     losses_and_hits,
@@ -21,6 +20,7 @@ from afina.tasks.head_loss import (
     target_losses,
     why_whole,
 )
+from afina.tasks.output_head import Behind, behind_head
 
 VOCABULARY = 101
 SMALL = {"vocab_size": VOCABULARY, "initializer_range": 0.4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -142,7 +142,7 @@ def whole(monkeypatch):
 
     def call(function, *args, **options):
         with monkeypatch.context() as patch:
-            patch.setattr(head_loss, "_behind", lambda base: "asked")
+            patch.setattr(head_loss, "behind_head", lambda base: "asked")
             return function(*args, **options)
 
     return call
@@ -292,7 +292,7 @@ def test_the_head_is_as_before_after_an_error():
      ("Granite", Behind(scale=1 / 0.7))],
 )  # fmt: skip
 def test_what_stands_behind_the_head_is_found(name, behind):
-    found = head_loss._behind(MODELS[name]())
+    found = behind_head(MODELS[name]())
     assert isinstance(found, Behind)
     assert found.scale == pytest.approx(behind.scale, rel=1e-6)
     assert found.cap == pytest.approx(behind.cap)
@@ -301,11 +301,11 @@ def test_what_stands_behind_the_head_is_found(name, behind):
 
 def test_a_shift_is_found_again_for_another_vocabulary():
     model = bart()
-    torch.testing.assert_close(head_loss._behind(model).shift, model.final_logits_bias[0])
+    torch.testing.assert_close(behind_head(model).shift, model.final_logits_bias[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.resize_token_embeddings(VOCABULARY + 6, mean_resizing=False)
-    assert len(head_loss._behind(model).shift) == VOCABULARY + 6
+    assert len(behind_head(model).shift) == VOCABULARY + 6
 
 
 class Squared(tf.LlamaForCausalLM):

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
-
-import torch
 
 from afina.data.example import Column, Example, Kind
 from afina.data.sounds import SOUND
 from afina.tasks.classification import Classification, ClassificationOptions
+from afina.tasks.files import FileClassification
 from afina.tasks.loading import load_base, own_labels, renew_heads
 from afina.tasks.sounds import SoundOptions, SoundTask, steady
-from afina.tasks.task import Batch, Encoded, Feature
 
 __all__ = ["AudioClassification", "AudioClassificationOptions"]
 
@@ -30,7 +28,7 @@ def make(row: Mapping[str, str], line: int | str) -> Example:
     return Example(row["audio"], row.get("label", ""), line, row["audio"])
 
 
-class AudioClassification(SoundTask, Classification):
+class AudioClassification(FileClassification, SoundTask, Classification):
     """One class of several for a recording."""
 
     name = "audio_classification"
@@ -62,19 +60,3 @@ class AudioClassification(SoundTask, Classification):
             renew_heads(model, len(own))
         self.settle_padding(model)
         return model
-
-    def encode(self, examples: Sequence[Example], max_length: int | None, limit: int) -> Encoded:
-        """Paths and lengths, and labels where examples have them."""
-        made = super().encode(examples, max_length, limit)
-        number = {label: i for i, label in enumerate(self.labels)}
-        for feature, example in zip(made.features, examples, strict=True):
-            if example.label:
-                feature["label"] = number[example.label]
-        return made
-
-    def collate(self, features: Sequence[Feature]) -> Batch:
-        """What the model reads and, where the features have them, labels `[rows]`."""
-        batch = super().collate(features)
-        if "label" in features[0]:
-            batch["labels"] = torch.tensor([f["label"] for f in features])
-        return batch

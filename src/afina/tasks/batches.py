@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["pad_right", "padded"]
+__all__ = ["has_values", "pad_right", "padded"]
 
 
 def padded(rows: Sequence[Sequence[int]], value: int, width: int = 0) -> torch.Tensor:
@@ -31,3 +31,10 @@ def pad_right(features: Sequence[dict[str, Any]], pad_id: int, width: int = 0) -
     if "token_type_ids" in features[0]:
         batch["token_type_ids"] = padded([f["token_type_ids"] for f in features], 0, width)
     return batch
+
+
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether there is more of a tensor than its shape."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)

@@ -22,12 +22,9 @@ from typing import Any
 
 import torch
 
-from afina.core.config import option
 from afina.core.files import cache_folder, write_weights
 from afina.data.example import Column, Example, Kind
 from afina.data.pictures import PICTURE, read_picture
-from afina.data.rows import Rows as Cells
-from afina.data.table import Table
 from afina.diffusion.denoiser import Denoiser
 from afina.diffusion.drawing import draw, without_prompt
 from afina.diffusion.factors import DIFFUSERS_NAME, factors_of_adapter, to_diffusers
@@ -35,78 +32,21 @@ from afina.diffusion.families import Condition
 from afina.diffusion.kept import Kept
 from afina.diffusion.loading import with_file
 from afina.diffusion.noise import Noise, seed_of
-from afina.diffusion.pictures import find_pictures, scaled, square
+from afina.diffusion.pictures import scaled, square
 from afina.diffusion.pipelines import PipelineConfig, load_part, make_pipeline, pipeline_config, pipeline_folder
-from afina.errors import CheckpointError, ConfigError, DataError
+from afina.errors import CheckpointError, ConfigError
 from afina.memory.loading import device_of_process
 from afina.memory.measure import is_out_of_memory, release
+from afina.tasks.dreambooth_rows import DreamBoothOptions, picture_with_prompt, table_of_pictures
 from afina.tasks.task import Batch, Encoded, Feature, Figure, Task
 
-__all__ = ["DreamBooth", "DreamBoothOptions"]
+__all__ = ["DreamBooth"]
 
 _MOMENTS = 4  # of noise, at which the figure is measured
 _FORM = 1  # of what is kept on the disk
 _CLOSE, _CLOSE_NARROW = 1e-4, 5e-2  # of what the model says under diffusers, in float32 and in 16 bits
 # What is adapted unless the recipe says otherwise: the projections of every attention, by their names in pipelines.
 ATTENTION = r".*\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out|q_proj|k_proj|v_proj|out_proj)"
-
-
-@dataclasses.dataclass
-class DreamBoothOptions:
-    """What is taught, and how."""
-
-    instance_prompt: str = option("", "prompt of the pictures, with a rare word for the subject: a photo of sks dog")
-    class_prompt: str = option("", "prompt of the subject's class, whose pictures are learned too: a photo of a dog")
-    class_folder: str = option("", "folder of the pictures of the class; `afina dreambooth` makes those that are missing")
-    class_pictures: int = option(100, "pictures of the class", low=1)
-    prior_weight: float = option(1.0, "weight of the class pictures in the loss", low=0.0)
-    resolution: int | None = option(None, "pixels of a side; None: what the pipeline was made for", low=16)
-    crop: str = option("center", "where the square is cut out of a picture", choices=("center", "random"))
-    flip: bool = option(False, "mirror half of the pictures, anew in every step")
-    text_tokens: int | None = option(None, "tokens of a prompt for T5; None: 256 for SD3, 512 for Flux", low=2, high=512)
-    text_encoders: bool = option(False, "train the text encoders too (those of CLIP)")
-    cache: str = option(
-        "auto", "encode pictures and prompts once: wherever they do not change, or on or off", choices=("auto", "on", "off")
-    )
-    show: list[str] = option(None, "prompts of the pictures in the report; none: the instance prompt", factory=list)
-    show_steps: int = option(30, "steps in which they are made", low=1)
-    show_seed: int = option(0, "of the first of them", low=0)
-    show_pictures: int = option(2, "pictures of each prompt; 0: none are made", low=0)
-
-    @property
-    def varies(self) -> str:
-        """What makes a picture another in every step, as it is typed."""
-        return "task.crop=random" if self.crop == "random" else "task.flip=true" if self.flip else ""
-
-
-def _make(row: Mapping[str, str], line: int | str) -> Example:
-    parts = [row["image"], row.get("text_pair", ""), row.get("text", "")]
-    return Example(" ".join(filter(None, parts)), "", line, value=row.get("text", ""), group=row["image"])
-
-
-def _table(options: DreamBoothOptions, folder: Path) -> Table:
-    """A row for each picture of the subject, and as many more as there are pictures of the class."""
-    subject = find_pictures(folder, "the folder of the pictures,")
-    others: list[Path] = []
-    if options.class_prompt:
-        if not Path(options.class_folder).expanduser().is_dir():
-            raise DataError(
-                f"task.class_folder: there is no folder {options.class_folder}; `afina dreambooth` makes the pictures that "
-                "are missing in it"
-            )
-        others = find_pictures(Path(options.class_folder).expanduser(), "task.class_folder:")[: options.class_pictures]
-    columns = ["image", "class_image", "prompt"]
-    table = Table(folder, columns, Cells(columns), [], "", "", text="prompt")
-    table.image, table.text_pair = "image", "class_image"
-    for i in range(max(len(subject), len(others))):
-        picture = subject[i % len(subject)]
-        said = picture.with_suffix(".txt")
-        prompt = said.read_text(encoding="utf-8").strip() if said.is_file() else options.instance_prompt
-        other = str(others[i % len(others)].absolute()) if others else ""
-        table.rows.append((str(picture.absolute()), other, prompt))
-        table.lines.append(f"{picture.name}, {Path(other).name}" if other else picture.name)
-    table.notes.append(f"{len(subject)} pictures of the subject" + (f", {len(others)} of its class" if others else ""))
-    return table
 
 
 class DreamBooth(Task):
@@ -121,7 +61,7 @@ class DreamBooth(Task):
             "text_pair": Column("a picture of its class", ("class_image",), required=False, medium=PICTURE),
         },
         labels="none",
-        make=_make,
+        make=picture_with_prompt,
         held_out=False,
     )
     figures = {"loss": Figure("loss with the same noise", ".4f", better=-1)}
@@ -140,7 +80,7 @@ class DreamBooth(Task):
         """Pictures lie in folders that the options name."""
         known = {f.name for f in dataclasses.fields(cls.Options)}
         made = cls.Options(**{k: v for k, v in options.items() if k in known})
-        return dataclasses.replace(cls.kind, read=lambda path: _table(made, path) if path.is_dir() else None)
+        return dataclasses.replace(cls.kind, read=lambda path: table_of_pictures(made, path) if path.is_dir() else None)
 
     @classmethod
     def wrong_options(cls, options: Any) -> list[str]:

@@ -31,9 +31,9 @@ import torch
 from afina.core.config import option
 from afina.data.example import Example
 from afina.errors import ConfigError
-from afina.tasks.batches import pad_right, padded
+from afina.tasks.batches import has_values, pad_right, padded
 from afina.tasks.generation import drawn, left_padded
-from afina.tasks.head_loss import divergences, has_values, target_losses
+from afina.tasks.head_loss import divergences, target_losses
 from afina.tasks.policy import Policy
 from afina.tasks.preferences import PROMPTS
 from afina.tasks.prompts import TEMPLATES

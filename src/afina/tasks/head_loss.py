@@ -8,37 +8,32 @@ hidden states and of what is trained in the head, whatever that is; nothing is c
 on as if it were the logits, so it passes every hook that engines and devices have put around the model. Wijmans et al.
 2024, https://arxiv.org/abs/2411.09009, and Liger-Kernel, https://arxiv.org/abs/2410.10989, argue the idea.
 
-Some models scale, shift or cap their logits behind the head (Cohere, Granite, BART, Gemma 2). What they do is found by a
-trial with known logits and is then done to each chunk. Where it is something else, or the head is no module of its own,
-the logits are made whole, and the reason is told before the run (T35).
+What a model does to its logits behind the head (`output_head.py`) is done to each chunk. Where it is something that is not
+known there, or the head is no module of its own, the logits are made whole, and the reason is told before the run (T35).
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from afina.tasks.batches import has_values
+from afina.tasks.output_head import Behind, Head, base_of, behind_head, in_place_of, uncached
 from afina.tasks.task import IGNORED
 
-__all__ = [
-    "Aim", "Behind", "divergences", "has_values", "loss_sum", "losses_and_hits", "supervised", "target_losses", "why_whole",
-]  # fmt: skip
+__all__ = ["Aim", "divergences", "loss_sum", "losses_and_hits", "supervised", "target_losses", "why_whole"]
 
 
 _VALUES = 1 << 24  # logits that are there at once; 64 MB in float32
 _ON_A_GPU = 4  # times as many, which keep it busy
-_STILL_STRAIGHT = 1e-12  # a cap changes so small a value by less than rounding
 _HALF_LIFT = 1024.0  # keeps small gradients of float16 logits above zero
 
 
@@ -53,36 +48,6 @@ class Aim:
     width: int
 
 
-@dataclass(frozen=True)
-class Behind:
-    """What a model does to its logits behind the head: cap * tanh(scale * logits / cap) + shift, each if it is there."""
-
-    scale: float = 1.0
-    cap: float | None = None
-    shift: torch.Tensor | None = None  # [vocabulary]
-
-    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """The model's logits, in float32 at least, from those of the head `[..., vocabulary]`."""
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.cap is not None:
-            logits = torch.tanh(logits / self.cap) * self.cap
-        return logits if self.shift is None else logits + self.shift.to(logits)
-
-    def carried(self, value: torch.Tensor) -> torch.Tensor:
-        """What comes out as the `n` values behind the head, or as `value * _STILL_STRAIGHT` where there is a cap;
-        `[1, n, 1]`."""
-        return (value / self.scale * (1.0 if self.cap is None else _STILL_STRAIGHT)).reshape(1, -1, 1)
-
-    def arrived(self, logits: torch.Tensor) -> torch.Tensor:
-        """The values `[n]` that `carried` sent."""
-        value = logits[0, :, 0]
-        if self.shift is not None:
-            value = value - self.shift[0].to(value)
-        return value if self.cap is None else value / _STILL_STRAIGHT
-
-
 def supervised(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Row and place of every target among labels `[rows, tokens]`; of all places where labels have no values
     (the meta device, fake tensors)."""
@@ -91,38 +56,28 @@ def supervised(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return rows.to(labels.device), places.to(labels.device)
 
 
-def has_values(tensor: torch.Tensor) -> bool:
-    """Whether there is more of a tensor than its shape."""
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
-
-
-_FOUND: WeakKeyDictionary[nn.Module, Behind | str] = WeakKeyDictionary()
-
-
 def why_whole(model: Any) -> str | None:
     """Why the logits of this model have to be made whole; None where they do not."""
-    found = _behind(_base(model))
+    found = behind_head(base_of(model))
     return found if isinstance(found, str) else None
 
 
 def loss_sum(model: Any, inputs: Mapping[str, torch.Tensor], aim: Aim, *, label_smoothing: float = 0.0) -> torch.Tensor:
     """Cross-entropy (natural logarithm) of the targets, summed, in float32; `inputs` are what the model is called with."""
-    base = _base(model)
-    behind = _behind(base)
+    base = base_of(model)
+    behind = behind_head(base)
     if isinstance(behind, str):
-        logits = model(**inputs, **_uncached(base)).logits[:, -aim.width :][aim.rows, aim.places]
+        logits = model(**inputs, **uncached(base)).logits[:, -aim.width :][aim.rows, aim.places]
         return F.cross_entropy(logits.float(), aim.tokens, reduction="sum", label_smoothing=label_smoothing)
 
-    def inside(head: _Head, hidden: torch.Tensor) -> torch.Tensor:
+    def inside(head: Head, hidden: torch.Tensor) -> torch.Tensor:
         chosen = hidden[:, -aim.width :][aim.rows, aim.places]
         with saved_tensors_hooks(torch.Tensor.detach, torch.Tensor.detach):  # nothing of a chunk waits for backward
             value, known = _summed(head, behind, chosen, aim.tokens, label_smoothing)
         return behind.carried(_Known.apply(value, *known) if known else value)  # type: ignore[no-untyped-call]
 
-    with _in_place_of(base.get_output_embeddings(), inside):
-        return behind.arrived(model(**inputs, **_uncached(base)).logits)[0]
+    with in_place_of(base.get_output_embeddings(), inside):
+        return behind.arrived(model(**inputs, **uncached(base)).logits)[0]
 
 
 def target_losses(
@@ -134,21 +89,21 @@ def target_losses(
     gradient of each hidden state is kept for a gradient of one; what is trained in the head is computed again, chunk by
     chunk.
     """
-    base = _base(model)
-    behind = _behind(base)
+    base = base_of(model)
+    behind = behind_head(base)
     if isinstance(behind, str) or behind.shift is not None:
-        logits = model(**inputs, **_uncached(base)).logits[:, -aim.width :][aim.rows, aim.places]
+        logits = model(**inputs, **uncached(base)).logits[:, -aim.width :][aim.rows, aim.places]
         return F.cross_entropy(logits.float() / temperature, aim.tokens, reduction="none")
 
     def scaled(raw: torch.Tensor) -> torch.Tensor:
         made = behind(raw)
         return made if temperature == 1.0 else made / temperature
 
-    def inside(head: _Head, hidden: torch.Tensor) -> torch.Tensor:
+    def inside(head: Head, hidden: torch.Tensor) -> torch.Tensor:
         return behind.carried(_each(head, scaled, hidden[:, -aim.width :][aim.rows, aim.places], aim.tokens))
 
-    with _in_place_of(base.get_output_embeddings(), inside):
-        return behind.arrived(model(**inputs, **_uncached(base)).logits)
+    with in_place_of(base.get_output_embeddings(), inside):
+        return behind.arrived(model(**inputs, **uncached(base)).logits)
 
 
 @torch.no_grad()
@@ -157,22 +112,22 @@ def divergences(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cross-entropies of the targets by the model and by what it is inside `other()`, and the Kullback-Leibler divergence
     of the first from the second at each of their places, over the whole vocabulary; each `[targets]`, in float64."""
-    base = _base(model)
-    behind = _behind(base)
-    kept: list[tuple[_Head, torch.Tensor]] = []
+    base = base_of(model)
+    behind = behind_head(base)
+    kept: list[tuple[Head, torch.Tensor]] = []
 
-    def inside(head: _Head, hidden: torch.Tensor) -> torch.Tensor:
+    def inside(head: Head, hidden: torch.Tensor) -> torch.Tensor:
         kept.append((head, hidden[:, -aim.width :][aim.rows, aim.places]))
         return hidden.new_zeros(1, 1, 1)
 
     for state in (nullcontext, other):
         with state():
             if isinstance(behind, str):
-                logits = model(**inputs, **_uncached(base)).logits[:, -aim.width :][aim.rows, aim.places]
-                kept.append((_Head(lambda logits: logits, logits.shape[-1]), logits))
+                logits = model(**inputs, **uncached(base)).logits[:, -aim.width :][aim.rows, aim.places]
+                kept.append((Head(lambda logits: logits, logits.shape[-1]), logits))
             else:
-                with _in_place_of(base.get_output_embeddings(), inside):
-                    model(**inputs, **_uncached(base))
+                with in_place_of(base.get_output_embeddings(), inside):
+                    model(**inputs, **uncached(base))
     formula = Behind() if isinstance(behind, str) else behind
     (head, hidden), (other_head, other_hidden) = kept
     made: list[list[torch.Tensor]] = [[torch.zeros(0, dtype=torch.float64, device=hidden.device)] for _ in range(3)]
@@ -194,50 +149,28 @@ def divergences(
 @torch.no_grad()
 def losses_and_hits(model: Any, inputs: Mapping[str, torch.Tensor], aim: Aim) -> tuple[torch.Tensor, torch.Tensor]:
     """Negative log likelihood `[targets]` in float64, and whether the target was the likeliest token; no gradients."""
-    base = _base(model)
-    behind = _behind(base)
+    base = base_of(model)
+    behind = behind_head(base)
     if isinstance(behind, str):
-        logits = model(**inputs, **_uncached(base)).logits[:, -aim.width :][aim.rows, aim.places]
-        return _read(_Head(lambda logits: logits, logits.shape[-1]), Behind(), logits, aim.tokens)
+        logits = model(**inputs, **uncached(base)).logits[:, -aim.width :][aim.rows, aim.places]
+        return _read(Head(lambda logits: logits, logits.shape[-1]), Behind(), logits, aim.tokens)
     read: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def inside(head: _Head, hidden: torch.Tensor) -> torch.Tensor:
+    def inside(head: Head, hidden: torch.Tensor) -> torch.Tensor:
         chosen = hidden[:, -aim.width :][aim.rows, aim.places]
         read.append(_read(head, behind, chosen, aim.tokens))
         return hidden.new_zeros(1, 1, 1)
 
-    with _in_place_of(base.get_output_embeddings(), inside):
-        model(**inputs, **_uncached(base))
+    with in_place_of(base.get_output_embeddings(), inside):
+        model(**inputs, **uncached(base))
     return read[0]
 
 
 # --- chunks
 
 
-@dataclass(frozen=True)
-class _Head:
-    """The output head as a function of hidden states `[targets, width]`, and the size of its vocabulary."""
-
-    call: Callable[[torch.Tensor], torch.Tensor]
-    size: int
-    is_product: bool = False  # a frozen matrix and nothing else, so that backward does not ask for its output
-
-
-def _head(module: Any, forward: Callable[[torch.Tensor], torch.Tensor]) -> _Head:
-    """The head whose own forward is given. Under autocast a plain matrix is cast once, and not for every chunk."""
-    if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter or module.weight.requires_grad:
-        return _Head(forward, module.out_features)
-    weight: torch.Tensor = module.weight
-    bias: torch.Tensor | None = module.bias
-    device = "cpu" if weight.is_meta else weight.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype == torch.float32:
-        weight = weight.to(torch.get_autocast_dtype(device))
-        bias = None if bias is None else bias.to(weight.dtype)
-    return _Head(lambda hidden: F.linear(hidden, weight, bias), module.out_features, is_product=True)
-
-
 def _summed(
-    head: _Head, behind: Behind, hidden: torch.Tensor, tokens: torch.Tensor, smoothing: float
+    head: Head, behind: Behind, hidden: torch.Tensor, tokens: torch.Tensor, smoothing: float
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The loss of hidden states `[targets, width]`; what takes gradients, each followed by its gradient."""
     total = torch.zeros((), device=hidden.device)
@@ -254,7 +187,7 @@ def _summed(
 
 
 def _each(
-    head: _Head, behind: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, tokens: torch.Tensor
+    head: Head, behind: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, tokens: torch.Tensor
 ) -> torch.Tensor:
     """The loss of each hidden state `[targets, width]`."""
     losses, gradients = [torch.zeros(0, device=hidden.device)], list[torch.Tensor]()
@@ -273,13 +206,13 @@ def _each(
 
 
 def _entropies(
-    head: _Head, behind: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, tokens: torch.Tensor
+    head: Head, behind: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, tokens: torch.Tensor
 ) -> torch.Tensor:
     return F.cross_entropy(behind(head.call(hidden)), tokens, reduction="none")
 
 
 def _one(
-    head: _Head, behind: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, tokens: torch.Tensor, smoothing: float
+    head: Head, behind: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, tokens: torch.Tensor, smoothing: float
 ) -> tuple[torch.Tensor, list[torch.Tensor], dict[torch.Tensor, torch.Tensor]]:
     """The losses of a chunk, the gradient of its hidden states if they take one, those of what is trained in the head."""
     some = hidden.detach().requires_grad_(torch.is_grad_enabled() and hidden.requires_grad)
@@ -312,7 +245,7 @@ def _entropy(scores: torch.Tensor, tokens: torch.Tensor, smoothing: float) -> to
 
 
 def _read(
-    head: _Head, behind: Behind, hidden: torch.Tensor, tokens: torch.Tensor
+    head: Head, behind: Behind, hidden: torch.Tensor, tokens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     losses, hits = [torch.zeros(0, dtype=torch.float64, device=hidden.device)], [tokens.new_zeros(0, dtype=torch.bool)]
     for some, right in _chunks(head, hidden, tokens):
@@ -326,7 +259,7 @@ def _read(
 
 
 def _chunks(
-    head: _Head, hidden: torch.Tensor, tokens: torch.Tensor
+    head: Head, hidden: torch.Tensor, tokens: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Hidden states and tokens of as many targets as may be looked at together, in nearly equal parts."""
     if not len(tokens):
@@ -367,108 +300,3 @@ class _Known(torch.autograd.Function):
             each = g.to(gradient.dtype)  # in place: they are as large as what is trained
             made += [gradient.mul_(each.unsqueeze(1) if g.dim() else each), None]
         return tuple(made)
-
-
-# --- the model
-
-
-def _base(model: Any) -> Any:
-    """The model of transformers below adapters and engines."""
-    while (inner := getattr(model, "module", None)) is not None:
-        model = inner
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _uncached(base: Any) -> dict[str, bool]:
-    """Keys and values are not gathered for tokens that nobody is going to write."""
-    return {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
-
-
-@contextmanager
-def _in_place_of(head: Any, function: Callable[[_Head, torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Inside the block calling the head calls `function`, with the head's hooks around it."""
-    forward, own = head.forward, head.__dict__.get("forward")
-    head.forward = lambda hidden: function(_head(head, forward), hidden)
-    try:
-        yield
-    finally:
-        del head.forward
-        if own is not None:
-            head.forward = own
-
-
-def _behind(base: Any) -> Behind | str:
-    """What the model does behind its head, or why it cannot be done to chunks; looked for once a model."""
-    found = _FOUND.get(base)
-    shift = found.shift if isinstance(found, Behind) else None
-    if shift is not None and len(shift) != base.get_output_embeddings().out_features:
-        found = None  # the vocabulary has changed
-    if found is None:
-        found = _FOUND[base] = _looked_up(base)
-    return found
-
-
-@torch.no_grad()
-def _looked_up(base: Any) -> Behind | str:
-    """Sends known values through the model in place of logits, and finds the formula that made of them what came out."""
-    head = base.get_output_embeddings()
-    size = getattr(head, "out_features", None)
-    if not isinstance(head, nn.Module) or not isinstance(size, int):
-        return f"{type(base).__name__} has no output head of its own"
-    if not has_values(next(base.parameters())):
-        return Behind()
-    device = next(base.parameters()).device
-    line = torch.linspace(-3.0, 3.0, size, device=device)
-    sent = torch.stack([torch.zeros_like(line), torch.full_like(line, 1e6), line, line.flip(0) * 5])
-    shapes: list[tuple[int, ...]] = []
-
-    def trial(_: _Head, hidden: torch.Tensor) -> torch.Tensor:
-        shapes.append(tuple(hidden.shape))
-        return sent.unsqueeze(0)
-
-    tokens = torch.zeros(1, len(sent), dtype=torch.long, device=device)
-    inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    if base.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = tokens
-    if base.main_input_name != "input_ids":  # of an encoder that reads no tokens: what it puts out
-        encoder = getattr(base.config, "encoder", base.config)
-        states = torch.zeros(1, len(sent), encoder.hidden_size, device=device, dtype=base.dtype)
-        inputs = {"encoder_outputs": (states,), "decoder_input_ids": tokens}
-    training = [module for module in base.modules() if module.training]
-    base.eval()
-    try:
-        with _in_place_of(head, trial):
-            got = base(**inputs, **_uncached(base)).logits
-    except Exception as error:
-        return f"{type(base).__name__} could not be tried with known logits ({str(error).splitlines()[0][:120]})"
-    finally:
-        for module in training:
-            module.training = True
-    if len(shapes) != 1 or len(shapes[0]) != 3 or shapes[0][1] < len(sent) or got.shape != (1, *sent.shape):
-        return f"{type(base).__name__} calls its output head in a way of its own"
-    found = _fitted(sent, got[0])
-    return found or f"{type(base).__name__} does something to its logits behind the head that is not known here"
-
-
-def _fitted(sent: torch.Tensor, got: torch.Tensor) -> Behind | None:
-    """The formula behind `got`, from values sent for 0, for the infinite and for two lines; None where there is none."""
-    _, infinite, line, _ = got.double() - got[0].double()
-    shift = got[0] if bool(got[0].any()) else None
-    end = int(sent.shape[1]) - 1
-    cap, at = float(infinite[0]), float(sent[2, end])
-    if abs(cap) >= 1e4:  # values grow without an end
-        found = Behind(float(line[end]) / at, None, shift)
-    elif cap > abs(float(line[end])):
-        found = Behind(cap * math.atanh(float(line[end]) / cap) / at, cap, shift)
-    else:
-        return None
-    found = Behind(_rounded(found.scale), None if found.cap is None else _rounded(found.cap), shift)
-    return found if torch.allclose(found(sent).double(), got.double(), rtol=2e-6, atol=2e-6) else None
-
-
-def _rounded(value: float) -> float:
-    """The number that was meant, or the one that was divided by, where float32 has left its rounding on it."""
-    for near in (float(f"{value:.6g}"), 1.0 / float(f"{1.0 / value:.6g}")):
-        if math.isclose(near, value, rel_tol=2e-7):
-            return near
-    return value

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
 from afina.core.config import option
 from afina.data.example import Column, Example, Kind
 from afina.data.pictures import PICTURE
 from afina.tasks.classification import Classification, ClassificationOptions
+from afina.tasks.files import FileClassification
 from afina.tasks.loading import load_base, own_labels, renew_heads
 from afina.tasks.pictures import PictureOptions, PictureTask
-from afina.tasks.task import Batch, Encoded, Feature
 
 __all__ = ["ImageClassification", "ImageClassificationOptions"]
 
@@ -33,7 +32,7 @@ def make(row: Mapping[str, str], line: int | str) -> Example:
     return Example(row["image"], row.get("label", ""), line, row["image"])
 
 
-class ImageClassification(PictureTask, Classification):
+class ImageClassification(FileClassification, PictureTask, Classification):
     """One class of several for a picture."""
 
     name = "image_classification"
@@ -72,19 +71,3 @@ class ImageClassification(PictureTask, Classification):
             around = tuple(int(v) for v in corners.mean(0).round())
             picture = picture.rotate(drawn.uniform(-most, most), Image.Resampling.BILINEAR, fillcolor=around)
         return super().varied(picture, drawn)
-
-    def encode(self, examples: Sequence[Example], max_length: int | None, limit: int) -> Encoded:
-        """Paths, and labels where examples have them."""
-        made = super().encode(examples, max_length, limit)
-        number = {label: i for i, label in enumerate(self.labels)}
-        for feature, example in zip(made.features, examples, strict=True):
-            if example.label:
-                feature["label"] = number[example.label]
-        return made
-
-    def collate(self, features: Sequence[Feature]) -> Batch:
-        """Pixels `[rows, channels, height, width]` and, where the features have them, labels `[rows]`."""
-        batch = super().collate(features)
-        if "label" in features[0]:
-            batch["labels"] = torch.tensor([f["label"] for f in features])
-        return batch

@@ -17,8 +17,7 @@ import torch
 
 from afina.core.config import option
 from afina.data.example import Example
-from afina.tasks.batches import pad_right, padded
-from afina.tasks.head_loss import has_values
+from afina.tasks.batches import has_values, pad_right, padded
 from afina.tasks.orders import roc_auc
 from afina.tasks.policy import Policy, PolicyOptions
 from afina.tasks.preferences import BAD, GOOD, JUDGED

@@ -24,7 +24,8 @@ from afina.core.config import option
 from afina.data.example import Example
 from afina.data.pictures import read_picture
 from afina.errors import ConfigError, DataError
-from afina.tasks.task import NO_LIMIT, Batch, Encoded, Feature, Task
+from afina.tasks.files import FileTask
+from afina.tasks.task import Batch, Encoded, Feature
 
 __all__ = ["PictureOptions", "PictureTask", "cut_out"]
 
@@ -66,26 +67,16 @@ def cut_out(size: tuple[int, int], least: float, chance: random.Random) -> tuple
     return 0, 0, width, height
 
 
-class PictureTask(Task):
+class PictureTask(FileTask):
     """A task whose input is a picture. `Options` has the fields of `PictureOptions`."""
 
     processor_kind: ClassVar[str] = "image_processor"
     unit: ClassVar[str] = "pictures"
-    reads_files = True
     options: Any
 
     def __init__(self, processor: Any, options: Any = None, learned: Mapping[str, Any] | None = None):
         super().__init__(reading(processor, options or self.Options()), options, learned)
         self.sizes: dict[tuple[int, int], tuple[int, int]] = {}  # of pictures, and as the model gets them
-
-    @classmethod
-    def stand_ins(cls, options: Any) -> list[Example] | None:
-        """Two pictures of one colour."""
-        return [Example(label, label, i, "") for i, label in enumerate(("first", "second"), 1)]
-
-    def limit(self, model: Any) -> int:
-        """None that is known."""
-        return NO_LIMIT
 
     @property
     def varies(self) -> str:

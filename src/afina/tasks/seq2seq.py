@@ -16,12 +16,12 @@ import torch
 from afina.core.config import option
 from afina.data.example import Column, Example, Kind
 from afina.errors import ConfigError, DataError
-from afina.tasks.batches import pad_right, padded
-from afina.tasks.head_loss import Aim, supervised
+from afina.tasks.batches import pad_right
+from afina.tasks.decoding import DecoderTask
 from afina.tasks.loading import load_base
-from afina.tasks.task import IGNORED, NO_LIMIT, Batch, Encoded, Feature, Figure, Rows
+from afina.tasks.task import NO_LIMIT, Batch, Encoded, Feature, Figure, Rows
 from afina.tasks.text_metrics import check_libraries, first_sentence, most_similar, overlap_figures, translation_figures
-from afina.tasks.writing import WritingTask, Written
+from afina.tasks.writing import Written
 
 __all__ = ["Seq2Seq"]
 
@@ -43,7 +43,7 @@ class Options:
     num_beams: int = option(1, "texts that are followed at once; 1 takes the likeliest token each time", low=1)
 
 
-class Seq2Seq(WritingTask):
+class Seq2Seq(DecoderTask):
     """Reading one text and writing another: summaries, translations."""
 
     name = "seq2seq"
@@ -139,27 +139,10 @@ class Seq2Seq(WritingTask):
         return ids[: length - len(last)] + last
 
     def collate(self, features: Sequence[Feature]) -> Batch:
-        """Ids and mask of the sources, what the decoder reads, and labels `[rows, tokens]`, padded on the right.
-
-        "asked" `[rows]`: 1 where a text is to be written.
-        """
-        batch = pad_right(features, self.tokenizer.pad_token_id)
-        if all("labels" in f for f in features):
-            batch["labels"] = padded([f["labels"] for f in features], IGNORED)
-            batch["decoder_input_ids"] = padded([f["decoder_ids"] for f in features], self.tokenizer.pad_token_id)
-        batch["asked"] = torch.tensor([int(self._asked(f)) for f in features])
-        return batch
-
-    def _asked(self, feature: Feature) -> bool:
-        return "labels" not in feature or (self.options.generate and feature["row"] < self.options.generate_rows)
+        """Ids and mask of the sources, what the decoder reads, and labels; see `decoded`."""
+        return {**pad_right(features, self.tokenizer.pad_token_id), **self.decoded(features)}
 
     # --- targets and questions
-
-    def aim(self, batch: Mapping[str, torch.Tensor]) -> Aim:
-        """The decoder at each place foretells the label of that place."""
-        labels = batch["labels"]
-        rows, places = supervised(labels)
-        return Aim(rows, places, labels[rows, places], labels.shape[1])
 
     def inputs(self, batch: Mapping[str, torch.Tensor]) -> Batch:
         """Ids and mask of the sources, and what the decoder reads."""

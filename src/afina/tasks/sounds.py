@@ -25,7 +25,8 @@ from afina.core.config import option
 from afina.data.example import Example
 from afina.data.sounds import Size, check_soundfile, read_sound, size_of
 from afina.errors import ConfigError, DataError
-from afina.tasks.task import NO_LIMIT, Batch, Encoded, Feature, Task
+from afina.tasks.files import FileTask
+from afina.tasks.task import NO_LIMIT, Batch, Encoded, Feature
 
 __all__ = ["SHORTEST", "SoundOptions", "SoundTask", "steady"]
 
@@ -49,12 +50,11 @@ def steady(path: str) -> dict[str, Any]:
     return {name: value for name, value in _OFF.items() if hasattr(config, name)}
 
 
-class SoundTask(Task):
+class SoundTask(FileTask):
     """A task whose input is a recording. `Options` has the fields of `SoundOptions`."""
 
     processor_kind: ClassVar[str] = "feature_extractor"
     unit: ClassVar[str] = "samples"
-    reads_files = True
     options: Any
 
     def __init__(self, processor: Any, options: Any = None, learned: Mapping[str, Any] | None = None):
@@ -64,15 +64,6 @@ class SoundTask(Task):
         if not getattr(self.extractor, "sampling_rate", None):
             made = type(self.extractor).__name__
             raise ConfigError(f"{self.name} needs a model with a feature extractor for sound; this one has a {made}")
-
-    @classmethod
-    def stand_ins(cls, options: Any) -> list[Example] | None:
-        """Two recordings as long as they are read at most."""
-        return [Example(label, label, i, "") for i, label in enumerate(("first", "second"), 1)]
-
-    def limit(self, model: Any) -> int:
-        """None of the model's own: `most` says what is read."""
-        return NO_LIMIT
 
     @property
     def rate(self) -> int:

@@ -24,8 +24,7 @@ import torch.nn.functional as F
 
 from afina.data.example import Example
 from afina.errors import ConfigError, DataError, shortened
-from afina.tasks.batches import padded
-from afina.tasks.head_loss import has_values
+from afina.tasks.batches import has_values, padded
 from afina.tasks.loading import load_base, renew_heads
 from afina.tasks.sounds import SHORTEST, SoundTask, steady
 from afina.tasks.speech_recognition import SpeechOptions, SpeechRecognition, refuse

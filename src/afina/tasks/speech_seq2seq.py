@@ -15,8 +15,7 @@ import torch
 
 from afina.data.example import Example
 from afina.errors import ConfigError
-from afina.tasks.batches import padded
-from afina.tasks.head_loss import Aim, supervised
+from afina.tasks.decoding import DecoderTask
 from afina.tasks.loading import load_base
 from afina.tasks.sounds import SoundTask, steady
 from afina.tasks.speech_recognition import SpeechRecognition
@@ -27,7 +26,7 @@ from afina.tasks.writing import WritingTask
 __all__ = ["SpeechSeq2Seq"]
 
 
-class SpeechSeq2Seq(SpeechRecognition, WritingTask):
+class SpeechSeq2Seq(SpeechRecognition, DecoderTask):
     """Writing down what is said, token by token."""
 
     auto = "AutoModelForSpeechSeq2Seq"
@@ -109,27 +108,10 @@ class SpeechSeq2Seq(SpeechRecognition, WritingTask):
         return made
 
     def collate(self, features: Sequence[Feature]) -> Batch:
-        """What the encoder reads; what the decoder reads and labels `[rows, tokens]`, padded on the right.
-
-        "asked" `[rows]`: 1 where a text is to be written.
-        """
-        batch = super().collate(features)
-        if all("labels" in f for f in features):
-            batch["labels"] = padded([f["labels"] for f in features], IGNORED)
-            batch["decoder_input_ids"] = padded([f["decoder_ids"] for f in features], self.tokenizer.pad_token_id)
-        batch["asked"] = torch.tensor([int(self._asked(f)) for f in features])
-        return batch
-
-    def _asked(self, feature: Feature) -> bool:
-        return "labels" not in feature or (self.options.generate and feature["row"] < self.options.generate_rows)
+        """What the encoder reads, what the decoder reads, and labels; see `decoded`."""
+        return {**super().collate(features), **self.decoded(features)}
 
     # --- targets and answers
-
-    def aim(self, batch: Mapping[str, torch.Tensor]) -> Aim:
-        """The decoder at each place foretells the label of that place."""
-        labels = batch["labels"]
-        rows, places = supervised(labels)
-        return Aim(rows, places, labels[rows, places], labels.shape[1])
 
     def inputs(self, batch: Mapping[str, torch.Tensor]) -> Batch:
         """The recordings, and what the decoder reads."""

@@ -12,10 +12,8 @@ import hashlib
 import json
 import math
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -24,7 +22,6 @@ from typing import Any
 import torch
 
 from afina.core.adapter import SavedModule
-from afina.core.files import write_atomically
 from afina.errors import StoppedError, TrainingError
 from afina.memory.measure import is_out_of_memory, release
 from afina.tasks.task import Batch, Feature, Rows, Task
@@ -33,9 +30,11 @@ from afina.training.ahead import Ahead
 from afina.training.batching import parts, shuffled_batches, sorted_batches, stretches
 from afina.training.engines.choose import make_engine
 from afina.training.engines.engine import Engine
+from afina.training.log import Log
 from afina.training.optimizers import make_optimizer, schedule_factor
 from afina.training.recipe import TrainingOptions
 from afina.training.referred import referred
+from afina.training.signals import Signals
 
 __all__ = ["Fitted", "fit", "make_engine", "predict"]
 
@@ -267,69 +266,6 @@ def predict(
                 found[i] = answer
             ahead.forget(0, chosen)
     return task.join(found, rows)
-
-
-class Signals:
-    """Notes Ctrl-C and SIGTERM instead of dying of them, so that the step under way is finished; a second one ends at once.
-
-    `seen` is the signal's number, 0 for none. Outside the main thread, where Python takes no signals, nothing changes.
-    """
-
-    def __init__(self) -> None:
-        self.seen, self.old = 0, dict[int, Any]()
-
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():
-            self.old = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.seen = number
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
-        self.old = {}
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-
-class Log:
-    """`log.jsonl`, one line a call, in the main process alone; a resumed run drops the lines after its checkpoint.
-
-    `keep`: the step of that checkpoint; None starts a new file.
-    """
-
-    def __init__(self, path: Path, write: bool, tell: Callable[[dict[str, Any]], None], keep: int | None):
-        self.tell, self.file, self.path = tell, None, path
-        if write:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            old = path.read_text(encoding="utf-8").splitlines(keepends=True) if keep is not None and path.is_file() else []
-            kept = [line for line in old if line.endswith("\n") and json.loads(line)["step"] <= (keep or 0)]
-            write_atomically(path, lambda beside: beside.write_text("".join(kept), encoding="utf-8"))
-            self.file = path.open("a", encoding="utf-8")
-
-    def __call__(self, **line: Any) -> None:
-        if self.file is not None:
-            try:
-                self.file.write(json.dumps(line) + "\n")
-                self.file.flush()
-            except OSError as error:
-                raise TrainingError(
-                    f"{self.path} could not be written at step {line['step']} ({error.strerror}); make room and go on from "
-                    "the last checkpoint with --resume"
-                ) from error
-            self.tell(line)
-
-    def __enter__(self) -> Log:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.file is not None:
-            with suppress(OSError):  # every line was flushed, and one that was not has been told
-                self.file.close()
 
 
 def _epochs(steps: int, steps_per_epoch: int) -> int | float:
