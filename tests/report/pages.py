@@ -41,5 +41,8 @@ class Page(HTMLParser):
         """Nothing of a user became markup, and nothing is asked for."""
         assert not {tag for tag, _ in self.tags} & {"script", "iframe", "object", "b>label"}
         assert all(a["src"].startswith("data:image/jpeg;base64,") and a["alt"] for tag, a in self.tags if tag == "img")
+        heard = [attributes for tag, attributes in self.tags if tag == "audio"]
+        assert all(a["src"].startswith("data:audio/wav;base64,") and a["aria-label"] for a in heard)
         assert not any(name.startswith("on") for _, attributes in self.tags for name in attributes)
-        assert all(link.startswith(("#", "data:,", "data:image/jpeg;base64,")) for link in self.links)
+        known = ("#", "data:,", "data:image/jpeg;base64,", "data:audio/wav;base64,")
+        assert all(link.startswith(known) for link in self.links)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
@@ -30,6 +31,7 @@ from afina.report.cells import answers_in, names_in, number_in, tagged
 from afina.report.comparison import compare_runs
 from afina.report.folder import read_run
 from afina.report.html import render, write_report
+from afina.report.players import player
 from afina.report.scores import intervals, row_scores
 from afina.report.usage import command_lines, python_lines
 from afina.tasks.catalogue import tasks
@@ -383,3 +385,20 @@ def test_a_browser_opens_it_without_errors(name, made, tmp_path):
     said = subprocess.run([*words, path.as_uri()], capture_output=True, text=True, timeout=60, check=True)
     assert "CONSOLE" not in said.stderr
     assert "How to use it" in said.stdout
+
+
+def test_recordings_are_played_from_the_page(tmp_path):
+    soundfile = pytest.importorskip("soundfile")
+    sound = np.random.default_rng(0).uniform(-0.5, 0.5, (200_003, 2)).astype(np.float32)
+    soundfile.write(tmp_path / "a <b>.flac", sound, 44100)
+    page = str(player(str(tmp_path / "a <b>.flac")))
+    assert "a &lt;b&gt;.flac, the first 3.6 seconds" in page
+    held = base64.b64decode(page.split("base64,")[1].split('"')[0])
+    heard, rate = soundfile.read(io.BytesIO(held), dtype="float32")
+    assert rate == 44100
+    np.testing.assert_allclose(heard, sound[:160_000].mean(1), atol=1e-4)
+    soundfile.write(tmp_path / "short.wav", sound[:101], 8000)
+    assert "the first" not in player(str(tmp_path / "short.wav"))
+    assert "the file is no longer there" in player(str(tmp_path / "gone.wav"))
+    (tmp_path / "bad.wav").write_text("no")
+    assert "not to be heard" in player(str(tmp_path / "bad.wav"))

@@ -51,6 +51,12 @@ def test_classification_equals_scikit_learn(rows, classes, seed):
         assert "top_3_accuracy" not in ours
 
 
+def test_of_equal_probabilities_the_first_three_are_the_likeliest():
+    ours = classification_metrics(np.full((11, 11), 1 / 11), list(range(11)), [f"c{i}" for i in range(11)])
+    assert ours["top_3_accuracy"] == pytest.approx(3 / 11)
+    assert ours["accuracy"] == pytest.approx(1 / 11)
+
+
 def test_roc_auc_leaves_out_classes_without_rows():
     probabilities = np.array([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.5, 0.4, 0.1]])
     assert classification_metrics(probabilities, [0, 1, 0], list("abc"))["roc_auc"] == pytest.approx(1.0)

@@ -128,7 +128,7 @@ def dreambooth(
         return
     heading("Training")
     try:
-        with Progress(run.task.figures, quiet=silent) as progress:
+        with Progress(run.task.figures, unit=run.task.unit, quiet=silent) as progress:
             metrics = run.execute(progress)
     except StoppedError as stop:
         console(stderr=True).print(f"\n{stop}. To go on:\n  {command_again(output)}", markup=False)

@@ -106,7 +106,7 @@ def train(
     if speaks:
         heading("Training")
     try:
-        with Progress(run.task.figures, quiet=silent) as progress:
+        with Progress(run.task.figures, unit=run.task.unit, quiet=silent) as progress:
             metrics = run.execute(progress)
     except StoppedError as stop:
         if speaks:

@@ -30,7 +30,8 @@ def headline(run: RunFolder) -> str:
     """Key of the figure that is said first."""
     if run.classifies:
         return "accuracy"
-    return "rouge_l" if "rouge_l" in run.figures else next(iter(run.figures))  # of texts, what was written
+    written = (key for key in ("wer", "rouge_l") if key in run.figures and run.test.get(key) is not None)
+    return next(written, next(iter(run.figures)))  # of texts, what was written
 
 
 def answer(run: RunFolder) -> Markup:

@@ -12,6 +12,7 @@ from afina.report.statistics import Bin, wilson
 __all__ = ["Line", "bars", "chart", "reliability", "scatter", "smoothed", "thinned"]
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 270, 64, 14, 14, 44
+_LETTER = 8.5  # pixels of a digit, at most
 Point = tuple[float, float]
 
 
@@ -78,7 +79,10 @@ def _frame(
         made.append(el("text", show(y), x=LEFT - 8, y=at_y(y) + 4, text_anchor="end"))
     for x in xs:
         if x <= x1:
-            made.append(el("text", _plain(x), x=at_x(x), y=HEIGHT - BOTTOM + 18, text_anchor="middle"))
+            said = _plain(x)
+            beyond = at_x(x) + len(said) * _LETTER / 2 > WIDTH
+            place = {"x": WIDTH if beyond else at_x(x), "text_anchor": "end" if beyond else "middle"}
+            made.append(el("text", said, y=HEIGHT - BOTTOM + 18, **place))
     made.append(el("text", x_name, x=LEFT + wide / 2, y=HEIGHT - 6, text_anchor="middle", class_="axis"))
     return made, at_x, at_y
 

@@ -8,6 +8,7 @@ from typing import Any
 from afina.errors import shortened
 from afina.report.folder import RunFolder
 from afina.report.history import definitions
+from afina.report.lengths import unit_of
 from afina.report.markup import Markup, Node, cut, el, table
 from afina.report.words import counted, percent
 
@@ -63,7 +64,8 @@ def findings(run: RunFolder) -> Markup:
         found.append(f"{counted(repeated, 'training row')} repeated, so that classes are of one size")
     if truncated := data.get("truncated", 0):
         share = truncated / max(1, data["kept"])
-        found.append(f"{counted(truncated, 'text')} ({percent(share)}) were cut off after {data.get('max_length')} tokens")
+        where = f"after {length} tokens" if (length := data.get("max_length")) is not None else "at their end"
+        found.append(f"{counted(truncated, run.what)} ({percent(share)}) were cut off {where}")
     counts: dict[str, int] = data["classes"]
     most, least = (choose(counts, key=counts.__getitem__, default="") for choose in (max, min))
     if counts and counts[most] >= _UNEVEN * counts[least]:
@@ -91,9 +93,11 @@ def findings(run: RunFolder) -> Markup:
     ]
     if split := _SPLITS.get(data.get("split", "")):
         pairs.append(("divided", split))
-    for key, name in (("words", "words a text"), ("tokens", "tokens a row")):
+    unit, scale = unit_of(run)
+    for key, name, divisor in (("words", "words a text", 1), ("tokens", f"{unit} a row", scale)):
         if shares := data.get(key):
-            pairs.append((name, ", ".join(f"{value:,} at {share}" for share, value in shares.items())))
+            said = ((share, f"{value:,}" if divisor == 1 else f"{value / divisor:.2f}") for share, value in shares.items())
+            pairs.append((name, ", ".join(f"{value} at {share}" for share, value in said)))
     if spoken := data.get("languages"):
         pairs.append(("languages", ", ".join(f"{name} {percent(share, 0)}" for name, share in spoken.items())))
     if weights := data.get("class_weights"):

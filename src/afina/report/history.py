@@ -32,7 +32,8 @@ def trained(run: RunFolder) -> Markup:
     settings = recipe["training"]
     best = settings.get("best") or next(iter(run.figures))
     task = {k: v for k, v in run.metrics["task"].get("options", {}).items() if v not in (None, "", False)}
-    shown = {k: settings[k] for k in ("epochs", "batch_size", "learning_rate", "max_length", "seed") if k in settings}
+    keys = ("epochs", "batch_size", "learning_rate", "max_length", "seed")
+    shown = {k: settings[k] for k in keys if settings.get(k) is not None}
     base = run.adapter.get("base_model_name_or_path")
     name = f"{recipe['model']} ({base})" if base and base != recipe["model"] else recipe["model"]
     splits = run.data["splits"]
@@ -98,7 +99,7 @@ def curves(run: RunFolder) -> Markup:
     columns = ["epoch", "training loss", "validation loss", *(run.figures[key].title for key in keys)]
     return el(
         "div",
-        el("p", _went(epochs, kept, sure=bool(run.labels))),
+        el("p", _went(epochs, kept, sure=bool(run.labels), rewarded=run.task == "grpo")),
         el(
             "div",
             chart("Loss (lower is better)", lines, described=end, mark=mark, zero=True),
@@ -162,10 +163,13 @@ def _title(run: RunFolder, key: str) -> str:
     return run.figures[key].title if key in run.figures else key
 
 
-def _went(epochs: Sequence[dict[str, Any]], kept: float, *, sure: bool) -> str:
-    """One sentence on what the curves mean; `sure`: whether answers have probabilities."""
+def _went(epochs: Sequence[dict[str, Any]], kept: float, *, sure: bool, rewarded: bool) -> str:
+    """One sentence on what the curves mean; `sure`: whether answers have probabilities; `rewarded`: whether the loss is of
+    answers that the model wrote itself, so that no row can be learned by heart."""
     if not epochs:
         return "No epoch was logged."
+    if rewarded:
+        return f"Epoch {kept} of {len(epochs)} was kept."
     lowest = min(epochs, key=lambda e: e["validation_loss"])
     last = epochs[-1]
     if kept == last["epoch"] and len(epochs) > 1 and lowest is last:
@@ -186,7 +190,10 @@ def cost(run: RunFolder) -> Markup:
     if "steps" in train:
         pairs.append(("steps", f"{train['steps']:,}"))
     if "tokens_per_second" in train:
-        pairs.append(("speed", f"{train['tokens_per_second']:,.0f} tokens/s ({train.get('tokens', 0):,} tokens)"))
+        speed, amount, unit = train["tokens_per_second"], train.get("tokens", 0), train.get("unit", "tokens")
+        if rate := run.data.get("rate"):
+            speed, amount, unit = speed / rate, round(amount / rate), "seconds of sound"
+        pairs.append(("speed", f"{speed:,.{0 if speed >= 10 else 1}f} {unit}/s ({amount:,} {unit})"))
     if train.get("peak_memory_bytes"):
         pairs.append(("peak memory", size(train["peak_memory_bytes"])))
     pairs += [("on the way", note) for note in train.get("notes") or []]

@@ -43,7 +43,7 @@ def render(run: RunFolder) -> str:
     about = f"{cut(recipe['model'])} tuned with {cut(recipe['method']['name'])} {_purpose(run)}"
     parts = sections(run)
     # Nothing may be loaded, from anywhere, whatever a text holds.
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:"
     head = el(
         "head",
         el("meta", charset="utf-8"),

@@ -1,4 +1,4 @@
-"""How long the rows are, in the tokens that the model reads."""
+"""How long the rows are: in the tokens that the model reads, or of recordings in seconds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ from afina.report.charts import bars
 from afina.report.folder import RunFolder
 from afina.report.markup import Markup, el
 
-__all__ = ["lengths"]
+__all__ = ["lengths", "unit_of"]
+
+
+def unit_of(run: RunFolder) -> tuple[str, int]:
+    """What lengths are told in, and how many of what was counted make one of it."""
+    rate = run.data.get("rate")  # samples a second
+    return ("seconds", rate) if rate else (run.data.get("unit", "tokens"), 1)
 
 
 def lengths(run: RunFolder) -> Markup | None:
@@ -14,7 +20,8 @@ def lengths(run: RunFolder) -> Markup | None:
     found = run.data.get("token_histogram")
     if not found or not sum(found["counts"]):
         return None
-    edges, counts = found["edges"], found["counts"]
+    unit, scale = unit_of(run)
+    edges, counts = [edge / scale if scale > 1 else edge for edge in found["edges"]], found["counts"]
     total, reached, middle = sum(counts), 0, edges[0]
     for edge, count in zip(edges[1:], counts, strict=True):
         reached += count
@@ -22,7 +29,8 @@ def lengths(run: RunFolder) -> Markup | None:
             middle = edge
             break
     quantiles = run.data.get("tokens") or {}
-    longest = quantiles.get("100 %", edges[-1])
-    said = f"Half of the rows have at most {quantiles.get('50 %', middle)} tokens, the longest {longest}."
-    drawn = bars("Rows by their length in tokens", edges, counts, x_name="tokens of a row, as it was read", described=said)
+    half, longest = (quantiles.get(share, end * scale) / scale for share, end in (("50 %", middle), ("100 %", edges[-1])))
+    form = ".2f" if scale > 1 else ",.0f"
+    said = f"Half of the rows have at most {half:{form}} {unit}, the longest {longest:{form}}."
+    drawn = bars(f"Rows by their length in {unit}", edges, counts, x_name=f"{unit} of a row, as it was read", described=said)
     return el("div", el("p", said), drawn)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from afina.report.cells import number_in
 from afina.report.folder import Row, RunFolder
 from afina.report.markup import Markup, el, text_of_user
+from afina.report.players import player
 from afina.report.words import counted
 
 __all__ = ["misheard", "word_counts"]
@@ -31,8 +32,8 @@ def misheard(run: RunFolder) -> Markup:
     for row, (bad, words) in wrong[:_SHOWN]:
         said = text_of_user(row.answer) if row.answer else el("p", "nothing was written", class_="text note")
         given = row.given
-        sides = (("recording", text_of_user(given["audio"])), ("right", text_of_user(given["label"])), ("answer", said))
-        verdict = f"{bad:.0f} wrong words, {words:.0f} expected · line {row.line}"
+        sides = (("recording", player(given["audio"])), ("right", text_of_user(given["label"])), ("answer", said))
+        verdict = f"{counted(round(bad), 'wrong word')}, {words:.0f} expected · line {row.line}"
         items.append(el(
             "li", el("dl", *(node for name, side in sides for node in (el("dt", name), el("dd", side))), class_="sides"),
             el("p", verdict, class_="verdict"),

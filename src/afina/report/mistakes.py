@@ -7,11 +7,14 @@ confident learning (https://arxiv.org/abs/1911.00068) that asks for more evidenc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
-from afina.report.folder import RunFolder
+from afina.report.folder import Row, RunFolder
 from afina.report.markup import Markup, Node, cut, el, texts_of_user
 from afina.report.pictures import thumbnail
+from afina.report.players import player
 from afina.report.scores import chosen_labels, true_labels
 from afina.report.words import counted, percent
 
@@ -55,9 +58,9 @@ def mistaken_classes(run: RunFolder) -> Markup:
         items.append(
             el(
                 "li",
-                thumbnail(row.given["image"]) if "image" in row.given else texts_of_user(row.given),
+                _seen(row.given),
                 el("p", "answered ", el("b", cut(row.answer), dir="auto"), f" {percent(share[answer[i]])}, label ",
-                   el("b", cut(row.given["label"]), dir="auto"), f" {percent(share[truth[i]])} · line {row.line}",
+                   el("b", cut(row.given["label"]), dir="auto"), f" {percent(share[truth[i]])}", _place(row),
                    *tag, class_="verdict"),
                 class_="suspect" if i in doubtful else None,
             )
@@ -71,8 +74,20 @@ def mistaken_classes(run: RunFolder) -> Markup:
         if doubtful
         else ""
     )
-    seen = "mistakes seen" if "image" in run.rows[0].given else "mistakes"
+    seen = "mistakes seen" if {"image", "audio"} & run.rows[0].given.keys() else "mistakes"
     return el("div", el("p", f"{shown}, with the line of the data file.{sure}{hint}"), el("ol", *items, class_=seen))
+
+
+def _seen(given: Mapping[str, str]) -> Markup:
+    """What a row gives, to be looked at, listened to or read."""
+    if "image" in given:
+        return thumbnail(given["image"])
+    return player(given["audio"]) if "audio" in given else texts_of_user(given)
+
+
+def _place(row: Row) -> str:
+    """Where it stands; nothing where that is the file itself, which is named already."""
+    return "" if "/" in str(row.line) and {"image", "audio"} & row.given.keys() else f" · line {row.line}"
 
 
 def mistaken_labels(run: RunFolder) -> Markup:

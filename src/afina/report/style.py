@@ -39,13 +39,14 @@ th, td { padding: .3rem .75rem .3rem 0; text-align: left; vertical-align: top; b
   min-width: 3.2rem;
     font-variant-numeric: tabular-nums; border: 1px solid var(--page); } .matrix thead th { max-width: 9rem;
   padding-left: .6rem; }
-.matrix td { padding: 0; } .matrix td span { display: block; padding: .4rem .6rem; }
+.matrix td { padding: 0; } .matrix tbody th { min-width: 3.2rem; }
+  .matrix thead th { min-width: 5.5rem; } .matrix td span { display: block; padding: .4rem .6rem; }
 .good { background: rgba(var(--good), var(--strength)); } .bad { background: rgba(var(--bad), var(--strength)); }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 1.25rem; }
 .mistakes.seen { display: grid; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr)); gap: .25rem 1.25rem; }
 .mistakes img { display: block; max-width: 100%; height: auto; border-radius: .25rem; background: var(--box); }
-.mistakes figure { margin: .1rem 0; }
+.mistakes figure { margin: .1rem 0; } audio { height: 2rem; max-width: 100%; display: block; }
 figure { margin: .5rem 0; max-width: 34rem; } figcaption { font-size: .9rem; } svg.chart { width: 100%; height: auto;
   display: block; }
 svg text { fill: var(--soft); font-size: 13px; font-family: inherit; } .grid { stroke: var(--rule); stroke-width: 1; }
@@ -62,7 +63,7 @@ mark.missed { border-bottom-style: dashed; border-color: var(--b); }
 mark.extra { border-bottom-style: double; border-bottom-width: 3px; border-color: rgb(var(--bad));
     background: rgba(var(--bad), .14); }
 mark sub { font-size: .7em; color: var(--soft); margin-left: .25em; }
-dl.sides { grid-template-columns: 4rem 1fr; margin: .1rem 0; } dl.sides .text { margin: 0; }
+dl.sides { grid-template-columns: minmax(4rem, max-content) 1fr; margin: .1rem 0; } dl.sides .text { margin: 0; }
 line.best { stroke: var(--c); stroke-width: 1.5; stroke-dasharray: 2 3; } text.best { fill: var(--c); }
 .keys { list-style: none; margin: 0; padding: 0; font-size: .85rem; display: flex; flex-wrap: wrap; gap: 0 1rem; }
 .key { width: 22px; height: 10px; margin-right: .35rem; display: inline-block; }

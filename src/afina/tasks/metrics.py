@@ -44,7 +44,9 @@ def classification_metrics(probabilities: np.ndarray, targets: Sequence[int], la
     own = probabilities[np.arange(len(truth)), truth]
     columns = [1] if n == 2 else range(n)
     areas = [a for c in columns if (a := roc_auc(probabilities[:, c], truth == c)) is not None]
-    above = (probabilities > own[:, None]).sum(axis=1)
+    # of equal probabilities the first counts as the likelier, as for the answer itself
+    before = np.arange(n)[None] < truth[:, None]
+    above = ((probabilities > own[:, None]) | ((probabilities == own[:, None]) & before)).sum(axis=1)
     brier = float(((probabilities**2).sum(axis=1) - 2 * own + 1).mean())
     return {
         "rows": len(truth),

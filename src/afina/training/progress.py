@@ -40,19 +40,21 @@ def memory() -> int:
 class Progress:
     """What `fit` tells, shown; a context, so that the bar goes whatever happens.
 
-    `figures` are those of the task, by their keys. `console` is where to print, standard output unless given; `clock` gives
-    seconds. Nothing is shown before the first line: of several processes only the one that logs speaks.
+    `figures` are those of the task, by their keys; `unit` is what its rows are counted in. `console` is where to print,
+    standard output unless given; `clock` gives seconds. Nothing is shown before the first line: of several processes
+    only the one that logs speaks.
     """
 
     def __init__(
         self,
         figures: Mapping[str, Figure],
         *,
+        unit: str = "tokens",
         quiet: bool = False,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.figures, self.quiet, self.clock = figures, quiet, clock
+        self.figures, self.unit, self.quiet, self.clock = figures, unit, quiet, clock
         self.console = console or Console(highlight=False, soft_wrap=True)
         self.lively = self.console.is_interactive and self.console.file.isatty()
         self.live: Live | None = None
@@ -135,7 +137,7 @@ class Progress:
         line = self.line
         said = [f"loss {line['loss']:.3f}", f"learning rate {line['learning_rate']:.1e}"]
         if (speed := self._speed()) is not None:
-            said.append(f"{speed:,.0f} tokens/s")
+            said.append(f"{speed:,.0f} {self.unit}/s")
         return [*said, size(memory())]
 
     def _speed(self) -> float | None:

@@ -17,6 +17,7 @@ from afina.data.example import Example
 from afina.report.html import REPORT
 from afina.report.statistics import histogram
 from afina.tasks.reference import REFERENCE
+from afina.tasks.sounds import SoundTask
 from afina.tasks.task import Encoded, Rows, Task
 from afina.training.recipe import Recipe
 
@@ -67,6 +68,7 @@ def write_data(
     if lengths[0] != lengths[-1] or task.tokenizer is not None:
         report |= {
             "unit": task.unit,
+            **({"rate": task.rate} if isinstance(task, SoundTask) else {}),
             "tokens": {f"{share} %": lengths[last * share // 100] for share in (0, 5, 25, 50, 75, 95, 100)},
             "token_histogram": histogram(lengths),
         }
