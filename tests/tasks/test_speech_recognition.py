@@ -290,3 +290,9 @@ def test_a_folder_of_classes_is_no_list_of_transcripts(places, run, tmp_path):
     (tmp_path / "rows" / "metadata.csv").write_text("file_name,sex\nlow/1.wav,m\n")
     with pytest.raises(ConfigError, match=r"data\.label"):
         run("whisper", file=tmp_path / "rows")
+
+
+def test_t03_no_part_of_two_models_draws_behind_the_back_of_the_run(run):
+    configs = [module.config for module in run("two").model.modules() if hasattr(module, "config")]
+    assert any(hasattr(config, "apply_spec_augment") for config in configs)
+    assert not any(getattr(config, name, 0) for config in configs for name in ("apply_spec_augment", "layerdrop"))

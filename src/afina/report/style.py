@@ -40,7 +40,7 @@ th, td { padding: .3rem .75rem .3rem 0; text-align: left; vertical-align: top; b
     font-variant-numeric: tabular-nums; border: 1px solid var(--page); } .matrix thead th { max-width: 9rem;
   padding-left: .6rem; }
 .matrix td { padding: 0; } .matrix tbody th { min-width: 3.2rem; }
-  .matrix thead th { min-width: 5.5rem; } .matrix td span { display: block; padding: .4rem .6rem; }
+  .matrix td span { display: block; padding: .4rem .6rem; }
 .good { background: rgba(var(--good), var(--strength)); } .bad { background: rgba(var(--bad), var(--strength)); }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 1.25rem; }

@@ -28,7 +28,7 @@ from afina.errors import ConfigError, DataError
 from afina.tasks.files import FileTask
 from afina.tasks.task import NO_LIMIT, Batch, Encoded, Feature
 
-__all__ = ["SHORTEST", "SoundOptions", "SoundTask", "steady"]
+__all__ = ["SHORTEST", "SoundOptions", "SoundTask", "steady", "still"]
 
 SHORTEST = 0.05  # seconds; a shorter recording is followed by silence, up to this
 _THREADS = 4
@@ -48,6 +48,13 @@ def steady(path: str) -> dict[str, Any]:
 
     config = AutoConfig.from_pretrained(path)
     return {name: value for name, value in _OFF.items() if hasattr(config, name)}
+
+
+def still(config: Any) -> None:
+    """Put off the same in the configuration of a part that is there."""
+    for name, value in _OFF.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
 
 
 class SoundTask(FileTask):

@@ -17,7 +17,7 @@ from afina.data.example import Example
 from afina.errors import ConfigError
 from afina.tasks.decoding import DecoderTask
 from afina.tasks.loading import load_base
-from afina.tasks.sounds import SoundTask, steady
+from afina.tasks.sounds import SoundTask, steady, still
 from afina.tasks.speech_recognition import SpeechRecognition
 from afina.tasks.task import IGNORED, NO_LIMIT, Batch, Encoded, Feature, Figure, Rows
 from afina.tasks.transcripts import error_rates, word_errors
@@ -65,6 +65,8 @@ class SpeechSeq2Seq(SpeechRecognition, DecoderTask):
         from transformers import AutoModelForSpeechSeq2Seq
 
         model = load_base(self, AutoModelForSpeechSeq2Seq, path, heads=(), **steady(path))
+        for module in model.modules():  # of two models put together each has settings of its own
+            still(getattr(module, "config", None))
         if not model.config.is_encoder_decoder:
             raise ConfigError(f"model {path}: {type(model).__name__} has no decoder of its own, which {self.name} needs")
         if any(isinstance(module, torch.nn.GroupNorm) for module in model.get_encoder().modules()):
