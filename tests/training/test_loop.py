@@ -77,7 +77,8 @@ def test_the_base_does_not_move_and_the_adapter_does(places, tmp_path):
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
 
 
-def test_t10_an_adapter_that_does_not_move_stops_the_run(places, tmp_path):
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_t10_an_adapter_that_does_not_move_stops_the_run(places, tmp_path, decay):
     run = prepared(places, tmp_path)
     with (
         run.model.disable_adapter(),
@@ -88,7 +89,7 @@ def test_t10_an_adapter_that_does_not_move_stops_the_run(places, tmp_path):
         for adapter in layer.adapters.values():
             if type(adapter).__name__ == "LoRA":
                 adapter.scaling = 0.0
-    run.recipe.training.weight_decay = 0.0
+    run.recipe.training.weight_decay = decay  # which moves weights, but teaches nothing
     with pytest.raises(TrainingError, match=r"none of the .* adapter weights has changed"):
         fitted(run)
 

@@ -40,6 +40,7 @@ __all__ = ["Fitted", "fit", "make_engine", "predict"]
 
 _READ_ON_A_CPU = 2048  # tokens of a batch where nothing is learned; more leave the CPU's caches
 _PATIENCE = 3  # steps after which some adapter weight must have changed
+_ROUNDED = 2**-23  # of a float32, by one product
 
 
 @dataclass
@@ -122,7 +123,7 @@ def fit(
 
     engine.prepare(model, optimizers, idle=idle)
     result.built = engine.built()
-    before = engine.weights()
+    before, decayed = engine.weights(), 1.0  # what weight decay alone has left of a weight
     if last is not None:
         engine.load_optimizer_state(saved["optimizer"])
         if engine.process < len(saved["chance"]):
@@ -180,8 +181,9 @@ def fit(
             since_loss, since_targets = since_loss + float(loss) * targets, since_targets + targets
             log(epoch=epoch + 1, step=result.steps, of=total_steps, loss=float(loss), gradient_norm=norm,
                 learning_rate=rate, targets=targets, tokens=result.tokens, **noted)  # fmt: skip
+            decayed *= 1.0 - rate * options.weight_decay
             if not moved and (result.steps == total_steps or (result.steps >= _PATIENCE and not task.untaught)):
-                _stop_unless_moved(watched, before, engine.weights(), result.steps, task.untaught)
+                _stop_unless_moved(watched, before, engine.weights(), decayed, result.steps, task.untaught)
                 moved = True
 
             now = result.steps
@@ -382,10 +384,15 @@ def _adapter_parameters(model: Any) -> dict[str, torch.Tensor]:
 
 
 def _stop_unless_moved(
-    watched: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], steps: int,
-    why: str,
+    watched: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor],
+    decayed: float, steps: int, why: str,
 ) -> None:  # fmt: skip
-    if all(torch.equal(after[name], before[name]) for name in watched):
+    """Weight decay shrinks what nothing else moves, so a weight that has only shrunk by it has not moved."""
+
+    def still(now: torch.Tensor, then: torch.Tensor) -> bool:
+        return torch.equal(now, then) or torch.allclose(now, then * decayed, rtol=_ROUNDED * steps, atol=0.0)
+
+    if all(still(after[name], before[name]) for name in watched):
         why = why or "Is the adapter active, and does the output depend on the layers it adapts? See `afina targets`"
         raise TrainingError(
             f"none of the {len(watched)} adapter weights has changed in the first {steps} steps, so the run would teach "
