@@ -12,7 +12,7 @@ from tiny_bases import save_bert, write_rows
 
 from afina.errors import AfinaError, CheckpointError, ConfigError, TrainingError
 from afina.training import checkpoints
-from afina.training.loop import fit, make_engine
+from afina.training.loop import _stop_unless_moved, fit, make_engine
 from afina.training.precision import choose_precision
 from afina.training.recipe import DataOptions, Recipe, TrainingOptions
 from afina.training.run import prepare
@@ -92,6 +92,19 @@ def test_t10_an_adapter_that_does_not_move_stops_the_run(places, tmp_path, decay
     run.recipe.training.weight_decay = decay  # which moves weights, but teaches nothing
     with pytest.raises(TrainingError, match=r"none of the .* adapter weights has changed"):
         fitted(run)
+
+
+@pytest.mark.parametrize("moved", [0.0, 1e-7, 3e-7])
+@pytest.mark.parametrize("decayed", [1.0, 1.0 - 1e-9, 1.0 - 1e-4])
+def test_t10_what_the_rate_of_a_warmup_moves_has_moved(moved, decayed):
+    """In float32 the neighbours of 1 are 6e-8 and 1.2e-7 away."""
+    before = {"ones": torch.ones(17), "others": torch.randn(11, 3, generator=torch.Generator().manual_seed(0))}
+    after = {name: weight * decayed - moved for name, weight in before.items()}
+    if moved:
+        _stop_unless_moved(before, before, after, decayed, 3, "")
+    else:
+        with pytest.raises(TrainingError, match=r"none of the 2 adapter weights has changed in the first 3 steps"):
+            _stop_unless_moved(before, before, after, decayed, 3, "")
 
 
 def test_a_loss_that_is_no_number_stops_the_run(places, tmp_path):

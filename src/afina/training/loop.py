@@ -387,10 +387,13 @@ def _stop_unless_moved(
     watched: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor],
     decayed: float, steps: int, why: str,
 ) -> None:  # fmt: skip
-    """Weight decay shrinks what nothing else moves, so a weight that has only shrunk by it has not moved."""
+    """Weight decay shrinks what nothing else moves, so a weight that has only shrunk by it has not moved; where it is less
+    than rounding, nothing has shrunk."""
+    shrunk = 1.0 - decayed > _ROUNDED / 2
 
     def still(now: torch.Tensor, then: torch.Tensor) -> bool:
-        return torch.equal(now, then) or torch.allclose(now, then * decayed, rtol=_ROUNDED * steps, atol=0.0)
+        same = torch.equal(now, then)
+        return same or (shrunk and torch.allclose(now, then * decayed, rtol=_ROUNDED * steps, atol=0.0))
 
     if all(still(after[name], before[name]) for name in watched):
         why = why or "Is the adapter active, and does the output depend on the layers it adapts? See `afina targets`"
