@@ -54,9 +54,10 @@ def test_every_task_is_listed_with_its_figures(afina):
 
 @pytest.mark.parametrize("name", sorted(tasks()))
 def test_every_column_and_option_is_listed_with_its_help(afina, name):
-    said = afina("tasks", name).out
+    said, offered = afina("tasks", name).out, afina("train", "--help").out
     for role, column in tasks()[name].kind.columns.items():
-        assert f"--{role.replace('_', '-')}" in said
+        option = f"--{role.replace('_', '-')}"
+        assert f"  {option if f' {option} ' in offered else f'data.{role}'} " in said  # as it can be typed
         assert column.help in said
     for field in dataclasses.fields(tasks()[name].Options):
         assert f"\n  {field.name} " in said

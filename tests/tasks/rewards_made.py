@@ -18,6 +18,13 @@ def always(completions):
     return [0.1] * len(completions)
 
 
+_CALLS = []
+
+
+def at_first(completions):
+    _CALLS.append(len(completions))
+    return [float(i) for i in range(len(completions))] if len(_CALLS) == 1 else always(completions)
+
 
 def too_few(completions):
     return [0.0] * (len(completions) - 1)

@@ -458,21 +458,24 @@ def test_rewards_that_tell_nothing_apart_are_told_at_once_and_at_the_end(base):
     assert begun.untaught == "in all 1 steps so far all answers to a prompt got the same reward"
 
 
-@pytest.mark.parametrize("decay", [0.01, 0.0])
-def test_a_reward_that_never_differs_is_a_finding_of_the_run(decay, tmp_path):
-    recipe = rewarding(tmp_path, group=3, max_new_tokens=3, beta=0.0, reward=f"{REWARDS}:always")
-    recipe.training.epochs, recipe.training.weight_decay = 2, decay
+def test_rewards_that_seldom_differ_are_a_finding_of_the_run(tmp_path):
+    recipe = rewarding(tmp_path, group=3, max_new_tokens=3, beta=0.0, reward=f"{REWARDS}:at_first")
+    recipe.training.epochs = 2
     run, said = prepare(recipe, tmp_path / "run"), []
-    if not decay:  # nothing at all has changed
-        with pytest.raises(TrainingError, match=r"in the first 10 steps.* all answers to a prompt got the same reward"):
-            run.execute(said.append)
-        return
     found = run.execute(said.append)["train"]["findings"]
     assert [line["said"] for line in said if line.get("said") in found] == found
     assert len(found) == 2
-    assert all(line["even"] == 1.0 for line in said if "even" in line)
+    assert [line["even"] for line in said if "even" in line] == [0.0, *[1.0] * 9]
     page = (tmp_path / "run" / "report.html").read_text()
     assert all(sentence in page for sentence in found)
+
+
+@pytest.mark.parametrize("decay", [0.01, 0.0])
+def test_t10_rewards_that_never_differ_stop_the_run(decay, tmp_path):
+    recipe = rewarding(tmp_path, group=3, max_new_tokens=3, beta=0.0, reward=f"{REWARDS}:always")
+    recipe.training.epochs, recipe.training.weight_decay = 2, decay  # which moves weights, but teaches nothing
+    with pytest.raises(TrainingError, match=r"in the first 10 steps.* all answers to a prompt got the same reward"):
+        prepare(recipe, tmp_path / "run").execute()
 
 
 def test_a_model_without_room_for_an_answer_is_refused(tmp_path):
