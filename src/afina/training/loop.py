@@ -395,7 +395,8 @@ def _stop_unless_moved(
         same = torch.equal(now, then)
         return same or (shrunk and torch.allclose(now, then * decayed, rtol=_ROUNDED * steps, atol=0.0))
 
-    if all(still(after[name], before[name]) for name in watched):
+    # the small ones first: the first that has moved is the answer, and an embedding takes as long as a step
+    if all(still(after[name], before[name]) for name in sorted(watched, key=lambda name: watched[name].numel())):
         why = why or "Is the adapter active, and does the output depend on the layers it adapts? See `afina targets`"
         raise TrainingError(
             f"none of the {len(watched)} adapter weights has changed in the first {steps} steps, so the run would teach "
