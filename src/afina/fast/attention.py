@@ -5,7 +5,7 @@ tokens it takes eight times as long as the five products it stands for, for rows
 in float32 and draws 64 bits for each score. Inside `short_attention` it gives way to one autograd node that keeps the
 weights in bfloat16 and goes back by batched products, wherever a gradient is asked for and the weights, `[queries, keys]`,
 are no more than queries, keys, values and outcome; with dropout always, where torch keeps several times as much. Rows and
-heads are gone through in pieces whose weights stay in the processor's cache: for 382 tokens that halves the time.
+heads are gone through in pieces whose weights stay in the processor's cache.
 
 What comes out is attention computed in bfloat16, as it is elsewhere: products are summed in float32 and rounded once, the
 softmax is computed in float32; over few keys its scores are widened first, since torch's softmax of bfloat16 takes five
