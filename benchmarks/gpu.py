@@ -6,6 +6,8 @@ second, 13.4 GiB on average and 20.8 GiB at most for this on an L40S.
 
     python benchmarks/gpu.py [--markdown docs/benchmarks.md]
     python benchmarks/gpu.py --tiny       a model of four small layers, on the CPU as well: whether the script works
+    python benchmarks/gpu.py --dropout [--markdown docs/benchmarks.md]
+                                          LoRA's dropout alone: a mask that is kept, or drawn again by kernels
 
 Each way trains the same rows in turn, in one process, several times; the first turn is not counted. Memory is what torch has
 reserved on the card above what was there before the model, after each step on average and at most.
@@ -30,6 +32,9 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 RESULT = Path(__file__).parent / "results" / "gpu.json"
+DROPOUT_RESULT = RESULT.with_name("gpu_dropout.json")
+DROPOUT = 0.05
+LAYERS = ((3072, 3072), (3072, 8192), (8192, 3072))  # in, out, of the model
 PACKAGES = ("afina", "peft", "torch", "transformers")
 BATCH, RANK, RATE, MEAN = 4, 32, 1e-4, 210
 TARGETS = {"tokens": 2.0, "memory": 0.6}
@@ -210,6 +215,62 @@ def limit(sizes: dict[str, Any], device: torch.device) -> dict[str, float]:
     return {"operations": 4.0 * weights, "rate": 2 * 4096**3 / best}
 
 
+def dropout(device: torch.device, layers: tuple[tuple[int, int], ...], rounds: int) -> list[dict[str, Any]]:
+    """Milliseconds of forward and backward of a layer with LoRA, and the bytes kept in between, by each way there is."""
+    from afina.core import lowrank
+    from afina.core.lora_dropout import LoraDropout
+
+    def made(times: list[float]) -> LoraDropout:
+        """A choice that is made beforehand: `times` of the seed and of the mask."""
+        return LoraDropout(device.type, lambda _: times.pop(0))
+
+    ways = {"torch's mask": lambda: LoraDropout("none"), "a mask of the kernels": lambda: made([2.0, 1.0]),
+            "drawn again": lambda: made([1.0, 2.0])}  # fmt: skip
+    wait: Callable[[], Any] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    own, found = lowrank.DROPOUT, []
+    for width, out in layers:
+        weight = torch.randn(out, width, device=device, dtype=torch.bfloat16)
+        x = torch.randn(BATCH * MEAN, width, device=device, dtype=torch.bfloat16, requires_grad=True)
+        down, up = (torch.randn(*s, device=device, requires_grad=True) for s in ((RANK, width), (out, RANK)))
+        layer = lowrank.LowRank(weight, None, down, up, None, 2.0, DROPOUT)
+        choices = {name: way() for name, way in ways.items()}
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        kept = dict.fromkeys(ways, 0)
+        for number in range(rounds + 3):
+            for name, choice in choices.items():
+                lowrank.DROPOUT = choice
+                wait()
+                before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+                began = time.perf_counter()
+                y = lowrank.low_rank_linear(x, layer)
+                kept[name] = torch.cuda.memory_allocated() - before - y.nbytes if device.type == "cuda" else 0
+                torch.autograd.grad(y, (x, down, up), y.detach())
+                wait()
+                if number >= 3:
+                    times[name].append(time.perf_counter() - began)
+        reasons = sorted({way.reason for choice in choices.values() for way in choice.ways.values() if way.reason})
+        for name in ways:
+            if name == "torch's mask" or not reasons:
+                found.append({"layer": f"{width} to {out}", "way": name, "ms": 1e3 * statistics.median(times[name]),
+                              "kept": kept[name]})  # fmt: skip
+        for reason in reasons:
+            print(f"{width} to {out}: {reason}")
+    lowrank.DROPOUT = own
+    return found
+
+
+def shown_dropout(result: dict[str, Any]) -> str:
+    """What `dropout` found."""
+    machine = result["about"]
+    versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items())
+    lines = [[f"{r['layer']}, {r['way']}", f"{r['ms']:.3f}", f"{r['kept'] / 2**20:.1f}"] for r in result["layers"]]
+    return "\n".join([
+        f"Measured on {machine['date']}: {result['device']}, Python {machine['python']}; {versions}. LoRA r={RANK} in bf16, "
+        f"{BATCH * MEAN} rows, dropout {DROPOUT}, forward and backward with the layer's own products.", "",
+        table(["", "ms", "MiB kept"], lines),
+    ])  # fmt: skip
+
+
 def shown(result: dict[str, Any]) -> str:
     machine, gib = result["about"], 1 << 30
     lines = []
@@ -236,6 +297,7 @@ def shown(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = parser_of(__doc__, renders=False)
     parser.add_argument("--tiny", action="store_true", help="a small model, wherever; nothing is written")
+    parser.add_argument("--dropout", action="store_true", help="LoRA's dropout alone")
     parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--show", action="store_true", help="render what was measured last")
@@ -244,6 +306,20 @@ def main() -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if device.type == "cpu" and not args.tiny:
             raise SystemExit("no GPU is here; --tiny tries the script on a small model")
+        card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+        if args.dropout:
+            layers = dropout(device, ((101, 67),) if args.tiny else LAYERS, args.rounds)
+            result = {"about": about(PACKAGES, torch.get_num_threads()), "device": card, "layers": layers}
+            if args.tiny:
+                print(shown_dropout(result))
+                return
+            write_json(DROPOUT_RESULT, result)
+    if args.dropout:
+        result = read_json(DROPOUT_RESULT)
+        print(shown_dropout(result))
+        put_into(args.markdown, "gpu_dropout", shown_dropout(result))
+        return
+    if not args.show:
         sizes = TINY if args.tiny else LARGE
         data = rows(args.rows, sizes["vocab_size"])
         turns: dict[str, list[Any]] = {"theirs": [], "ours": []}
@@ -252,9 +328,8 @@ def main() -> None:
                 made = way(sizes, data, device)
                 if number:
                     turns[name].append(dataclasses.asdict(made))
-        name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
         result = {
-            "about": about(PACKAGES, torch.get_num_threads()), "device": name, "turns": turns, "limit": limit(sizes, device)
+            "about": about(PACKAGES, torch.get_num_threads()), "device": card, "turns": turns, "limit": limit(sizes, device)
         }  # fmt: skip
         if args.tiny:
             print(shown(result))

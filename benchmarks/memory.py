@@ -126,6 +126,7 @@ def ours(name: str, folder: Path, kind: str) -> Step:
     from transformers import AutoConfig, PreTrainedTokenizerFast
 
     from afina import LoraConfig, get_peft_model
+    from afina.memory.heap import large_tensors_apart, large_tensors_kept
     from afina.memory.step import lean_step
     from afina.memory.storage import Storage
     from afina.tasks.catalogue import find_task
@@ -144,7 +145,9 @@ def ours(name: str, folder: Path, kind: str) -> Step:
     torch.manual_seed(2)
     config: Any = LoraConfig(r=8, target_modules="all-linear", task_type=cls.task_type)
     model = get_peft_model(task.load_model(str(folder)), config)
-    lean_step(model, torch.device("cpu"), gradient_checkpointing="checkpointed" in kind, tight="checkpointed" in kind)
+    again = "checkpointed" in kind
+    lean_step(model, torch.device("cpu"), gradient_checkpointing=again, roomy=not again)
+    large_tensors_apart() if again else large_tensors_kept()
     features: list[dict[str, Any]] = []
     for i, row in enumerate(rows(name)):
         decoder = {"decoder_ids": [0, *row["labels"][:-1]]} if targets else {"answer_at": 0}

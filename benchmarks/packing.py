@@ -123,7 +123,7 @@ def measure(data: Path, rounds: int) -> dict[str, Any]:
             if not found["padding"]:
                 for kind, file in TEXTS.items():
                     lengths = prepared(model, data / file, folder).rows["train"].lengths
-                    found["padding"][kind] = {"rows": len(lengths), "tokens": sum(lengths)} | {
+                    found["padding"][kind] = {"rows": len(lengths), "length": sum(lengths) / len(lengths)} | {
                         way: padding(batches_of(way, lengths), lengths) for way in WAYS if way != "packed"
                     }
             run = prepared(model, data / TEXTS["instructions"], folder)
@@ -155,7 +155,7 @@ def render(found: dict[str, Any]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items())
     machine = f"{where['cpu']}, {where['threads']} thread(s), {where['system']}"
     lines = [f"Measured on {where['date']}: {machine}; {versions}.", ""]
-    share = [[f"{kind} ({one['rows']:,} rows, {one['tokens'] / one['rows']:.0f} tokens each)",
+    share = [[f"{kind} ({one['rows']:,} rows, {one['length']:.0f} tokens each)",
               *(f"{one[way]:.1%}" for way in ("random", "ours", "tokens"))]
              for kind, one in found["padding"].items()]  # fmt: skip
     lines += [table(["padding among all tokens", "random order", "like lengths together", "`batch_tokens`"], share), ""]

@@ -216,15 +216,34 @@ def test_under_autocast_it_is_the_plain_formula_in_the_type_of_autocast(
         torch.testing.assert_close(one, other, rtol=0.02, atol=0.03 * float(other.detach().abs().max()))
 
 
-def test_under_autocast_no_copy_of_the_weight_is_kept() -> None:
+@pytest.mark.parametrize(("rows", "largest", "copied"), [(256, 35, True), (257, 35, False), (3, 34, False)])
+def test_under_autocast_a_copy_of_the_weight_is_kept_where_it_is_small_and_rows_are_few(
+    rows: int, largest: int, copied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lowrank, "_SMALL", largest)
     model, base = adapted()
-    x, kept = torch.randn(3, 5, requires_grad=True), []
+    x, kept = torch.randn(rows, 5, requires_grad=True), []
     with (
         torch.autocast("cpu", dtype=torch.bfloat16),
         torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
     ):
         model.train()(x)
-    assert not [t for t in kept if t is not None and t.shape == base.weight.shape and t.dtype == torch.bfloat16]
+    copies = [t for t in kept if t is not None and t.shape == base.weight.shape and t.dtype == torch.bfloat16]
+    assert len(copies) == copied
+    assert not [t for t in kept if t is not None and t.shape == x.shape and t.dtype == x.dtype]  # x in the narrow type alone
+
+
+def test_second_derivatives_go_through_what_autocast_makes_narrow() -> None:
+    x, weight, down, up = tensors((3, 5), (7, 5), (2, 5), (7, 2), dtype=torch.float32)
+    weight, found = weight.detach(), []
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = linear(x, weight) + linear(linear(x, down), up) * 0.7
+        fused = low_rank_linear(x, LowRank(weight, None, down, up, None, 0.7), torch.bfloat16)
+        for y in (plain, fused):
+            first = torch.autograd.grad(y.float().sin().sum(), (x, down, up), create_graph=True)
+            found.append(torch.autograd.grad(sum(g.square().sum() for g in first), (x, down, up)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, rtol=0.05, atol=0.05 * float(one.abs().max()))
 
 
 def test_layers_that_read_one_input_share_its_copy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +256,7 @@ def test_layers_that_read_one_input_share_its_copy(monkeypatch: pytest.MonkeyPat
             return f(*args, **(kwargs or {}))
 
     x, weight, down, up = tensors((17, 5), (7, 5), (2, 5), (7, 2), dtype=torch.float32)
-    layer = LowRank(weight.detach(), None, down, up, None, 0.7)
+    x, layer = x * 1.0, LowRank(weight.detach(), None, down, up, None, 0.7)
     with torch.autocast("cpu", torch.bfloat16), Watched():
         first, second = (low_rank_linear(x, layer, torch.bfloat16) for _ in range(2))
         assert len(casts) == 1

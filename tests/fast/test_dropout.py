@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from afina.core.dropout import keep_mask
+from afina.core.dropout import drop, keep_mask
 from afina.fast.dropout import quick_dropout
 
 
@@ -28,9 +28,13 @@ def test_rate_and_independence(p, shape):
     assert abs(float((flat * (again.double().flatten() - (1 - p)) / deviation).mean())) < 5 / n**0.5
 
 
+FEW, MANY = (7, 11, 13), (17, 19, 23)  # to either side of where a node of its own pays
+
+
+@pytest.mark.parametrize("shape", [FEW, MANY])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_layer_drops_as_torch_does_but_for_the_numbers(dtype):
-    layer, x = nn.Dropout(0.25), torch.randn(7, 11, 13).to(dtype).requires_grad_()
+def test_a_layer_drops_as_torch_does_but_for_the_numbers(dtype, shape):
+    layer, x = nn.Dropout(0.25), torch.randn(shape).to(dtype).requires_grad_()
     with quick_dropout():
         torch.manual_seed(3)
         y = layer(x)
@@ -60,3 +64,17 @@ def test_ends_of_the_range_and_second_derivatives():
 
         assert torch.autograd.gradcheck(dropped, (x,))
         assert torch.autograd.gradgradcheck(dropped, (x,))
+
+
+@pytest.mark.parametrize("shape", [FEW, MANY])
+def test_it_drops_what_the_mask_of_that_seed_says_in_both_derivatives(shape):
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(11)
+    kept, factor = keep_mask(x, 0.3)
+    torch.manual_seed(11)
+    y = drop(x, 0.3, training=True)
+    seen = kept * factor
+    torch.testing.assert_close(y, x * seen)
+    (dx,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+    torch.testing.assert_close(dx, 3 * x.square() * seen**3)
+    torch.testing.assert_close(torch.autograd.grad(dx.sum(), x)[0], 6 * x * seen**3)

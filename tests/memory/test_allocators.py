@@ -12,7 +12,7 @@ from afina.memory.allocators import Heap, Pools
 MIB = 1 << 20
 
 
-@pytest.mark.parametrize("make", [Heap, lambda: Heap(MIB, rising=False), Pools, lambda: Heap(slack=0)])
+@pytest.mark.parametrize("make", [lambda: Heap(MIB, MIB), lambda: Heap(MIB), Pools, lambda: Heap(MIB, slack=0)])
 def test_what_is_held_covers_what_is_taken_and_blocks_do_not_overlap(make):
     allocator, chance, taken, alive = make(), random.Random(0), {}, 0
     for _ in range(3000):
@@ -31,23 +31,25 @@ def test_what_is_held_covers_what_is_taken_and_blocks_do_not_overlap(make):
     assert all(a + s <= b for (a, s), (b, _) in itertools.pairwise(inside))
 
 
-def test_large_blocks_go_back_and_the_threshold_rises_with_them():
-    heap = Heap()
-    first = heap.take(5 * MIB)
-    assert first < 0
-    assert heap.held >= 5 * MIB
-    heap.give(first)
-    assert heap.held < MIB
-    assert heap.take(4 * MIB) >= 0  # now it lies in the heap
-    fixed = Heap(MIB, rising=False)
-    for _ in range(3):
-        fixed.give(fixed.take(5 * MIB))
-    assert fixed.take(4 * MIB) < 0
+def test_large_blocks_go_back_at_once_and_the_end_of_a_heap_where_it_is_trimmed():
+    for heap in (Heap(MIB), Heap(MIB, MIB)):
+        for _ in range(3):
+            block = heap.take(5 * MIB)
+            assert heap.held >= 5 * MIB
+            heap.give(block)
+            assert heap.held < MIB
+
+    def held(heap):
+        for block in [heap.take(MIB // 2) for _ in range(6)]:
+            heap.give(block)
+        return heap.held
+
+    assert held(Heap(MIB, MIB)) < 2 * MIB < 3 * MIB <= held(Heap(MIB))
 
 
 def test_an_old_glibc_does_not_put_a_block_where_one_of_its_size_was():
     def held(slack):
-        heap = Heap(32 * MIB, rising=False, slack=slack)
+        heap = Heap(32 * MIB, slack=slack)
         one, two = heap.take(3 * MIB), heap.take(3 * MIB)
         heap.give(one)
         heap.take(3 * MIB)

@@ -68,6 +68,8 @@ def test_a_plan_needs_no_weights_and_follows_the_settings(configured):
     assert less["activations"] < plain["activations"] / 6
     again = parts(memory={"gradient_checkpointing": True})
     assert again["activations"] < 0.6 * plain["activations"]  # of three blocks one is there in full
+    limited = parts(memory={"limit": "100GB"})  # what can be computed again is kept only where memory is plenty
+    assert limited["activations"] < 0.95 * plain["activations"]
     int8 = parts(memory={"weights": "int8"})
     assert int8["weights int8"] < 0.3 * (plain["weights fp32"] - 2 * 4 * 997 * 128)
     assert parts(optimizer="sgd")["optimizer"] == plain["adapters"]

@@ -13,6 +13,7 @@ from tiny_bases import save_bert, save_gpt2, write_rows
 
 from afina.core.files import read_weights
 from afina.errors import TrainingError
+from afina.fast.trunk import Trunk
 from afina.sweep import joined
 from afina.sweep.common import Common
 from afina.sweep.points import Point, best_of, results_of
@@ -119,10 +120,29 @@ def test_last_blocks_share_a_trunk_one_after_another(bases, tmp_path, monkeypatc
     last = {"name": "last_layers", "num_layers": 1}
     points = [Point(i, {"learning_rate": str(rate)}, recipe_of(bases["bert"], last, learning_rate=rate))
               for i, rate in enumerate((1e-3, 5e-3), 1)]  # fmt: skip
+    tried = []
+    fits = Trunk.fits
+    monkeypatch.setattr(Trunk, "fits", lambda self, *rest: tried.append(self) or fits(self, *rest))
     results, said, _ = swept(tmp_path / "sweep", points)
+    assert len(tried) == 2  # once to learn and once to read the test rows, for both runs
     assert "copies of whole modules" in " ".join(said)
     assert "in a run before" in " ".join(results[2]["train"]["notes"])
     compare(run_alone, tmp_path, points)
+
+
+def test_a_base_that_was_written_to_is_loaded_again(bases):
+    """An adapter is read back into the base as its files have it, whatever a run has done to the one in memory."""
+    run = prepare(recipe_of(bases["bert"]), None, trial=True, shared=(common := Common()))
+    path = bases["bert"][0]
+    first, second = (common.fresh(run.task, path, run.about) for _ in range(2))
+    weights = dict(first.named_parameters())
+    shared = [name for name, tensor in second.named_parameters() if tensor is weights[name]]
+    assert len(shared) == len(weights)
+    name = next(name for name in shared if name.endswith("word_embeddings.weight"))
+    before = weights[name].detach().clone()
+    with torch.no_grad():
+        weights[name][5, 3] += 1
+    assert torch.equal(common.fresh(run.task, path, run.about).get_parameter(name), before)
 
 
 def test_new_heads_and_upper_blocks_in_one_pass(bases, tmp_path, monkeypatch, run_alone):

@@ -223,3 +223,21 @@ def test_the_command_leaves_with_the_signals_code_and_says_how_to_go_on(places, 
     assert process.returncode == 143
     assert f"afina train --resume --output '{output}'" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["linked", "written"])
+def test_the_best_weights_are_whole_where_they_are_those_of_the_step(tmp_path, monkeypatch, links):
+    """Also once the checkpoint that they came with is gone, and on disks that know no second name of a file."""
+
+    def refused(*names):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    weights = {step: {"weight": torch.full((3, 5), float(step))} for step in (1, 2, 3)}
+    for step, best in ((1, 1), (2, 1), (3, 3)):
+        checkpoints.save(tmp_path, step, weights[step], weights[best], {}, {}, keep=1, best_step=best)
+        live = {"weight": torch.zeros(3, 5)}
+        _, _, found = checkpoints.load(tmp_path / f"step-{step}", live)
+        assert torch.equal(live["weight"], weights[step]["weight"])
+        assert torch.equal(found["weight"], weights[best]["weight"])

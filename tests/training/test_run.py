@@ -131,13 +131,14 @@ def test_an_adapter_that_reads_back_differently_fails_the_run(places, tmp_path, 
     save = run.model.save_pretrained
 
     def broken(folder, **options):
-        save(folder, **options)
-        for layer in run.model.adapters.layers.values():
-            for parameter in layer.parameters():
+        """Writes another adapter than the one whose answers were counted."""
+        for parameter in run.model.parameters():
+            if parameter.requires_grad:
                 parameter.data.add_(0.5)
+        save(folder, **options)
 
     monkeypatch.setattr(run.model, "save_pretrained", broken)
-    with pytest.raises(CheckpointError, match=r"does not answer as the model that was trained|another base"):
+    with pytest.raises(CheckpointError, match="does not answer as the model that was trained"):
         run.execute()
     with pytest.raises(CheckpointError, match=r"no finished run: it lacks metrics\.json"):
         TrainedRun.load(tmp_path / "run")

@@ -147,6 +147,14 @@ def test_values_that_are_not_finite_are_not_saved(value, folder):
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
+def test_large_values_are_saved(tmp_path):
+    """Whose sum is more than a number can be."""
+    large = {"weight": torch.full((3, 5), 3e38), "half": torch.full((7,), 6e4, dtype=torch.float16)}
+    files.write_weights(tmp_path / WEIGHTS, large, {})
+    found = load_file(tmp_path / WEIGHTS)
+    assert all(torch.equal(found[name], tensor) for name, tensor in large.items())
+
+
 def test_values_that_are_not_finite_are_not_loaded(folder):
     state = load_file(folder / WEIGHTS)
     key = sorted(state)[0]

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from trap_models import gpt2, ids, llama, logits, reload, stir
 
 from afina import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from afina.core.vocabulary import tokenizer_hash
 from afina.errors import BaseMismatchError, CheckpointError, TargetError
 
 NEW = torch.tensor([[98, 5, 99, 7]])
@@ -137,3 +138,14 @@ def test_t08_trained_tokens_of_an_enlarged_vocabulary(tmp_path):
     loaded = PeftModel.from_pretrained(reload(tmp_path / "base", gpt2()), tmp_path / "adapter")
     torch.testing.assert_close(logits(loaded, input_ids=NEW), logits(model, input_ids=NEW), rtol=0, atol=0)
     assert ids().max() < 97
+
+
+def test_t08_a_tokenizer_that_gets_tokens_has_another_hash():
+    made, other = tokenizer(7), tokenizer(7)
+    first = tokenizer_hash(made)
+    assert tokenizer_hash(other) == first
+    made.add_tokens(["<new>"])
+    second = tokenizer_hash(made)
+    made.add_special_tokens({"pad_token": "<new>"})
+    assert len({first, second, tokenizer_hash(made)}) == 3
+    assert tokenizer_hash(other) == first

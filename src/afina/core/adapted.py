@@ -79,35 +79,32 @@ class AdaptedLayer(nn.Module):
             return self.base_layer(*args, **kwargs)
         if state.rows is not None:
             return self._forward_rows(state.rows, args, kwargs)
-        if self.fusable and len(args) == 1 and not kwargs and (y := self._forward_fused(args[0], state.active)) is not None:
+        acting = self._in_order(state.active)
+        if not acting:
+            return self.base_layer(*args, **kwargs)
+        if self.fusable and len(args) == 1 and not kwargs and (y := self._forward_fused(args[0], acting)) is not None:
             return y
-        return self._forward_stack(state.active, args, kwargs)
+        return self._forward_stack(acting, args, kwargs)
 
-    def _forward_fused(self, x: Any, active: Sequence[str]) -> torch.Tensor | None:
+    def _forward_fused(self, x: Any, acting: Sequence[Any]) -> torch.Tensor | None:
         """The output in one operation, where the layer and what acts on it are no more than two products."""
         if torch.compiler.is_compiling():  # the compiler fuses by itself
             return None
-        own = self.low_rank(active)
+        own = self.low_rank(acting)
         dtype = None if own is None else fused_dtype(x, own.weight)
         if own is None or dtype is None:
             return None
         return low_rank_linear(x, own, dtype)
 
-    def low_rank(self, active: Sequence[str]) -> LowRank | None:
-        """The layer and what acts on it, where these are no more than a product and a low-rank product."""
-        held, acting = self._modules["adapters"]._modules, None  # type: ignore[union-attr]
-        for name in active:
-            if (adapter := held.get(name)) is not None and name not in self.merged:
-                if acting is not None:
-                    return None
-                acting = adapter
-        beside = None if acting is None else acting.low_rank()  # type: ignore[operator]
-        if beside is None or self._modules["base_layer"] is not self.view.layer:
+    def low_rank(self, acting: Sequence[Any]) -> LowRank | None:
+        """The layer and the adapters that act on it, where these are no more than a product and a low-rank product."""
+        view = self.view
+        if len(acting) != 1 or (beside := acting[0].low_rank()) is None or self._modules["base_layer"] is not view.layer:
             return None
-        product = self.view.product()
+        product = view.product()
         if product is None:
             return None
-        trained = acting.whole_bias()  # type: ignore[operator,union-attr]
+        trained = acting[0].whole_bias()
         return LowRank(product[0], product[1] if trained is None else trained, *beside)
 
     def choose(self, names: Sequence[str]) -> None:
@@ -115,32 +112,26 @@ class AdaptedLayer(nn.Module):
         self.chosen = tuple(self.adapters[name] for name in names if name in self.adapters)
 
     def _in_order(self, active: tuple[str, ...]) -> Sequence[Any]:
-        """The adapters that act, in their order. Compiled code is told them without their names, so that it fits all of one
-        kind and size, and switching compiles nothing again."""
-        if torch.compiler.is_compiling() and self.runtime.by_choice and not self.merged:
+        """The adapters that act, in their order. Where they are those chosen they need not be looked up by their names, so
+        that compiled code fits all of one kind and size, and switching compiles nothing again."""
+        if self.runtime.by_choice and not self.merged:
             return self.chosen
         held: Any = self._modules["adapters"]._modules  # type: ignore[union-attr]
         return [held[name] for name in active if name in held and name not in self.merged]
 
-    def _forward_stack(self, active: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x: Any = None
-        base: Base | None = None
-        top: Any = None
-        for adapter in self._in_order(active):
-            if base is None:
-                x, base = self._split(args, kwargs)
-            else:
-                base = Base(self.view, base, below=base, adapter=top)
+    def _forward_stack(self, acting: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        view = self.view
+        x, base = self._split(args, kwargs)
+        top, *above = acting
+        for adapter in above:
+            base = Base(view, base, below=base, adapter=top)
             top = adapter
-        if base is None:
-            return self.base_layer(*args, **kwargs)
-        if isinstance(self.view, ParameterView):
+        if isinstance(view, ParameterView):
             weight, _ = top.merge_into(*base.weights())
-            return self.view.call(weight, args, kwargs)
+            return view.call(weight, args, kwargs)
         y = top.forward(x, base)
-        if isinstance(y, torch.Tensor) and base.dtype is not None and y.dtype != base.dtype:
-            y = y.to(base.dtype)
-        return y
+        dtype = base.dtype
+        return y if dtype is None or not isinstance(y, torch.Tensor) or y.dtype is dtype else y.to(dtype)
 
     def _split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Base]:
         """The input, and the layer as a function of it; some models pass the input by name."""

@@ -317,9 +317,11 @@ class Replacement(Adapter):
     def forward(self, x: torch.Tensor, base: Base) -> torch.Tensor:
         held, view = self._parameters, self.view
         weight: Any = held["weight"]
-        bias = held.get("bias")
+        bias: Any = held.get("bias")
         dtype = x.dtype if view.kind in ("linear", "conv") else view.dtype  # other layers say themselves what they return
-        return view.apply(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+        if weight.dtype is not dtype:
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        return view.apply(x, weight, bias)
 
     def merge_into(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Weights:
         own = self._parameters.get("bias")

@@ -2,21 +2,23 @@
 
 torch draws 64 bits for each value there, one after the other. Here torch's generator draws a seed, so that masks follow from
 its state as ever (a seeded, resumed or recomputed pass draws the same), and numpy's SFC64 the bits. Backward keeps one
-byte a value. On other devices, while compiling and under functorch, torch's own is used.
+byte a value, where there are more than a few. On other devices, while compiling and under functorch, torch's own is used.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["drop", "keep_mask"]
+__all__ = ["drop", "keep_mask", "keep_steps"]
 
 _STEPS = 1 << 16
+_FEW = 4096  # values for which a node of the graph written in Python costs more than it spares
 _MIXED = 12  # rounds after which SFC64 has mixed a seed of three words, by its author
 
 
@@ -25,8 +27,7 @@ def keep_mask(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
 
     Each is dropped with the multiple of 2**-16 next to p, but neither never nor always for 0 < p < 1.
     """
-    keep = min(max(round((1.0 - p) * _STEPS), 1), _STEPS - 1) if p < 1.0 else 0
-    factor = _STEPS / keep if keep else 1.0
+    keep, factor = keep_steps(p)
     if not x.is_cpu:
         return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(keep / _STEPS), factor
     n = x.numel()
@@ -35,6 +36,12 @@ def keep_mask(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
         return (bits < 0).view(x.shape), factor
     drawn = _SOURCE.bits((n + 3) // 4).view(np.uint16)[:n]
     return torch.from_numpy(drawn < keep).view(x.shape), factor
+
+
+def keep_steps(p: float) -> tuple[int, float]:
+    """How many of 65536 values stay, and the factor."""
+    keep = min(max(round((1.0 - p) * _STEPS), 1), _STEPS - 1) if p < 1.0 else 0
+    return keep, _STEPS / keep if keep else 1.0
 
 
 class _Source(threading.local):
@@ -65,7 +72,7 @@ def drop(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
         return x
     if not x.is_cpu or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return torch.dropout(x, p, True)
-    return _Drop.apply(x, p)  # type: ignore[no-any-return, no-untyped-call]
+    return _dropped(x, *keep_mask(x, p)) if x.numel() <= _FEW else _apply(x, p)
 
 
 class _Drop(torch.autograd.Function):
@@ -79,6 +86,10 @@ class _Drop(torch.autograd.Function):
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, None]:
         (kept,) = ctx.saved_tensors
         return _dropped(g, kept, ctx.factor), None
+
+
+# Function.apply less its search for functorch, which `drop` has done
+_apply: Callable[..., torch.Tensor] = super(torch.autograd.Function, _Drop).apply  # type: ignore[misc]
 
 
 def _dropped(x: torch.Tensor, kept: torch.Tensor, factor: float) -> torch.Tensor:

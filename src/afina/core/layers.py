@@ -142,11 +142,11 @@ class LayerView:
         return F.linear(x, weight, bias)
 
     def project(self, x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-        """First half of a low-rank product: `down` is `[r, in]` in canonical form."""
+        """First half of a low-rank product: `down` is `[r, in]`, for a convolution also with its kernel laid out."""
         return self.apply(x, down)
 
     def expand(self, z: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """Second half of a low-rank product: `z` comes from `project`, `up` is `[out, r]`."""
+        """Second half of a low-rank product: `z` comes from `project`, `up` is `[out, r]`, or a pointwise kernel of that."""
         return F.linear(z, up)
 
     def per_feature(self, vector: torch.Tensor, activation: torch.Tensor) -> torch.Tensor:
@@ -216,7 +216,9 @@ class ConvView(LayerView):
         super().write(self.unflatten(weight), bias)
 
     def unflatten(self, weight: torch.Tensor) -> torch.Tensor:
-        """`[rows, in / groups * kernel]` to `[rows, in / groups, *kernel]`."""
+        """`[rows, in / groups * kernel]` to `[rows, in / groups, *kernel]`; what has that form stays as it is."""
+        if weight.dim() > 2:
+            return weight
         return weight.reshape(weight.shape[0], self.in_features // self.layer.groups, *self.layer.kernel_size)
 
     def apply(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -228,11 +230,12 @@ class ConvView(LayerView):
 
     def project(self, x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
         if (groups := self.layer.groups) > 1:
-            down = down.repeat(groups, 1)  # each group of channels gets its own r outputs
+            down = self.unflatten(down).repeat(groups, 1, *[1] * self.dims)  # each group of channels gets its own r outputs
         return self.apply(x, down)
 
     def expand(self, z: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return _CONVOLUTIONS[self.dims](z, up.reshape(*up.shape, *[1] * self.dims), groups=self.layer.groups)
+        kernel = up if up.dim() > 2 else up.reshape(*up.shape, *[1] * self.dims)
+        return _CONVOLUTIONS[self.dims](z, kernel, groups=self.layer.groups)
 
     def per_feature(self, vector: torch.Tensor, activation: torch.Tensor) -> torch.Tensor:
         return vector.reshape(-1, *[1] * self.dims)

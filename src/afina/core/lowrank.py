@@ -3,8 +3,9 @@
 Left to autograd this is a chain of small nodes whose bookkeeping costs more than their sums on small layers, and whose
 temporaries are as large as the output on big ones. Here both products go into one buffer, forward and backward, and the
 input's gradient is summed in place. Kept for backward: x, x A.T, and one byte a value of x under dropout. Under autocast
-the 16-bit copies of x and of the weight, which autograd would keep, are made again in backward, that of x once for layers
-that read it one after the other; what has the type already is used as it is.
+x is cast once for layers that read it one after the other, as query, key and value do, and the copy is kept, not x; so are
+those of A and B. The weight's, which autograd would keep, is made again in backward, but for small weights and few rows,
+where that would take as long as the product. What has the type already is used as it is.
 
 Thin products are laid so that the long side is the last one: on a CPU that is two to three times faster than the other way.
 """
@@ -19,9 +20,12 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from afina.core.dropout import keep_mask
+from afina.core.lora_dropout import DROPOUT, is_seed, kernels
 
 __all__ = ["LowRank", "fused_dtype", "low_rank_linear"]
+
+_FEW = 256  # rows
+_SMALL = 1 << 20  # values of a weight
 
 Optional = torch.Tensor | None
 
@@ -58,9 +62,10 @@ def fused_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype | None:
 def low_rank_linear(x: torch.Tensor, layer: LowRank, dtype: torch.dtype | None = None) -> torch.Tensor:
     """The output `[..., out]` for x `[..., in]`, computed in `dtype`, or that of x."""
     dtype = x.dtype if dtype is None else dtype
-    if torch.is_grad_enabled():
-        return _apply(x, dtype, *layer)
-    return _compute(_in_type(x, dtype), *layer)[0]
+    if not torch.is_grad_enabled():
+        return _compute(_in_type(x, dtype), *layer)[0]
+    weight, bias, down, up, shift, scale, p = layer
+    return _apply(_shared(x, dtype), weight, bias, _in_type(down, dtype), _in_type(up, dtype), shift, scale, p)
 
 
 def _compute(
@@ -70,56 +75,68 @@ def _compute(
     """The output, x A.T, which values of x dropout kept, and the scale with dropout's factor in it."""
     dtype = x.dtype
     rows, kept = _flat(x), None
-    seen, strength = rows, scale
+    seen, strength, down = rows, scale, _in_type(down, dtype)
     if p > 0.0:
-        kept, factor = keep_mask(rows, p)
-        seen, strength = _number(kept, dtype).mul_(rows), scale * factor
-    z = seen.mm(_in_type(down, dtype).t())
+        kept, factor = DROPOUT.kept(rows, len(down), p)
+        strength = scale * factor
+        if not is_seed(kept):
+            seen = _number(kept, dtype).mul_(rows)
+    z = kernels().product(rows, down, kept, p) if is_seed(kept) else seen.mm(down.t())
     y = linear(x, _in_type(weight, dtype), _whole_bias(bias, shift, scale, dtype))
     _flat(y).addmm_(z, _in_type(up, dtype).t(), alpha=strength)
     return y, z, kept, strength
 
 
 class _LowRankLinear(torch.autograd.Function):
+    """x, down and up have the type of the arithmetic."""
+
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, dtype: torch.dtype, *layer: Any) -> torch.Tensor:
-        weight, bias, down, up, _, ctx.scale, _ = layer
-        y, z, kept, ctx.strength = _compute(_shared(x, dtype), *layer)
-        into_x, _, _, _, into_down, into_up, *_ = ctx.needs_input_grad
-        ctx.of_x, ctx.of_bias = x.dtype, None if bias is None else bias.dtype
-        weight, ctx.turned = _known_to_engines(weight)
+    def forward(ctx: Any, x: torch.Tensor, *layer: Any) -> torch.Tensor:
+        own, bias, down, up, shift, ctx.scale, ctx.p = layer
+        weight = _in_type(own, x.dtype)
+        y, z, kept, ctx.strength = _compute(x, weight, *layer[1:])
+        into_x, _, _, into_down, into_up, *_ = ctx.needs_input_grad
+        ctx.of_bias, ctx.of_shift = None if bias is None else bias.dtype, None if shift is None else shift.dtype
+        ctx.turned = False
+        if weight is own or len(z) > _FEW or own.numel() > _SMALL:
+            weight, ctx.turned = _known_to_engines(own)
         ctx.save_for_backward(x if into_down or into_up else None, weight if into_x else None, down, up, z, kept)
         # no view of another tensor: a model may write into what its layer returns, as wav2vec2 does where padding is
         return y.data
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[Optional, ...]:
-        x, weight, own_down, own_up, z, kept = ctx.saved_tensors
-        into_x, _, _, into_bias, into_down, into_up, into_shift, *_ = ctx.needs_input_grad
+        x, weight, down, up, z, kept = ctx.saved_tensors
+        into_x, _, into_bias, into_down, into_up, into_shift, *_ = ctx.needs_input_grad
         dtype, strength = z.dtype, ctx.strength
-        down, up = _in_type(own_down, dtype), _in_type(own_up, dtype)
         rows = _flat(g)
-        mask = None if kept is None else _number(kept, dtype)
-        seen: Any = None if x is None else _flat(_shared(x, dtype))
+        drawn = is_seed(kept)
+        if drawn and torch.is_grad_enabled():  # for a second derivative the mask must be there
+            kept, drawn = kernels().keep_mask(kept, len(rows), down.shape[1], ctx.p), False
+        mask = None if kept is None or drawn else _number(kept, dtype)
+        seen: Any = None if x is None else _flat(x)
         if mask is not None and x is not None:
             seen = seen * mask
         d_x = d_down = d_up = d_shift = None
         if into_up:
             if torch.is_grad_enabled():  # for a second derivative z must be part of the graph
                 z = seen.mm(down.t())
-            d_up = _in_type(_scaled_product(z.t(), rows, up.t(), strength).t(), own_up.dtype)
+            d_up = _scaled_product(z.t(), rows, up.t(), strength).t()
         d_z = _scaled_product(rows, up, z, strength)
         if into_down:
-            d_down = _in_type(d_z.t().mm(seen), own_down.dtype)
+            d_down = kernels().product_gradient(d_z, seen, kept, ctx.p) if drawn else d_z.t().mm(seen)
         if into_x:
             weight = _in_type(weight, dtype)
             d_x = rows.mm(weight.t() if ctx.turned else weight)
-            d_x = d_x.addmm_(d_z, down) if mask is None else d_x.addcmul_(d_z.mm(down), mask)
-            d_x = _in_type(d_x if g.dim() == 2 else d_x.view(*g.shape[:-1], -1), ctx.of_x)
+            if drawn:
+                kernels().add_product(d_x, d_z, down, kept, ctx.p)
+            else:
+                d_x = d_x.addmm_(d_z, down) if mask is None else d_x.addcmul_(d_z.mm(down), mask)
+            d_x = d_x if g.dim() == 2 else d_x.view(*g.shape[:-1], -1)
         if into_shift:
-            d_shift = rows.sum(0, dtype=own_up.dtype) * ctx.scale
+            d_shift = rows.sum(0, dtype=ctx.of_shift) * ctx.scale
         d_bias = rows.sum(0, dtype=ctx.of_bias) if into_bias else None
-        return d_x, None, None, d_bias, d_down, d_up, d_shift, None, None
+        return d_x, None, d_bias, d_down, d_up, d_shift, None, None
 
 
 # Function.apply less its search for functorch, which `fused_dtype` has done
@@ -137,13 +154,17 @@ def _in_type(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _shared(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x in a type; one copy for layers that read the same x one after the other, as query, key and value do."""
+    """x in a type; one copy for layers that read the same x one after the other, and one sum of their gradients."""
     global _last
     if x.dtype is dtype:
         return x
+    if x.is_leaf and x.requires_grad:  # its copy would hold it
+        return x.to(dtype)
     last = _last
-    if last is not None and last[0]() is x and last[1] == x._version and last[2].dtype is dtype:
-        return last[2]
+    if last is not None and last[0]() is x and last[1] == x._version:
+        made = last[2]
+        if made.dtype is dtype and made.requires_grad is x.requires_grad:
+            return made
     made = x.to(dtype)
     _last = ref(x, _forget), x._version, made
     return made

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -21,16 +22,36 @@ __all__ = [
     "rows_of_checkpoint",
     "take_embeddings",
     "tokenizer_hash",
+    "tokenizer_rows",
     "vocabulary_rows",
 ]
 
 PREFIX = "base_model.model."
 
 
+_FOUND: WeakKeyDictionary[Any, tuple[Any, str, int]] = WeakKeyDictionary()  # tokenizer -> its state, its hash, its rows
+
+
 def tokenizer_hash(tokenizer: Any) -> str:
     """Hash of vocabulary and special tokens."""
-    content = [sorted(tokenizer.get_vocab().items()), sorted((k, str(v)) for k, v in tokenizer.special_tokens_map.items())]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    return _found(tokenizer)[1]
+
+
+def tokenizer_rows(tokenizer: Any) -> int:
+    """Rows of an embedding that has one for each token."""
+    return _found(tokenizer)[2]
+
+
+def _found(tokenizer: Any) -> tuple[Any, str, int]:
+    """To go through a vocabulary takes a twentieth of a second: it is done again for a tokenizer that got more tokens."""
+    special = sorted((k, str(v)) for k, v in tokenizer.special_tokens_map.items())
+    state = len(tokenizer), special
+    known = _FOUND.get(tokenizer)
+    if known is None or known[0] != state:
+        vocabulary = tokenizer.get_vocab()
+        content = json.dumps([sorted(vocabulary.items()), special]).encode()
+        known = _FOUND[tokenizer] = state, hashlib.sha256(content).hexdigest()[:16], max(vocabulary.values(), default=-1) + 1
+    return known
 
 
 def _embeddings(adapters: AdapterSet) -> dict[str, torch.Tensor]:

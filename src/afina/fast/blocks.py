@@ -29,6 +29,20 @@ class Stack:
     before: tuple[nn.Module, ...] = ()
     around: tuple[nn.Module, ...] = ()
 
+    def places(self, model: nn.Module) -> tuple[Any, ...]:
+        """The paths of its modules in `model`, for `at`."""
+        path = {module: name for name, module in model.named_modules()}
+        parts = tuple(tuple(path[module] for module in modules) for modules in (self.before, self.around))
+        return path[self.owner], self.name, path[self.blocks], self.depth, *parts
+
+    @classmethod
+    def at(cls, model: nn.Module, places: tuple[Any, ...]) -> Stack:
+        """The stack in a model that is built alike."""
+        owner, name, blocks, depth, *parts = places
+        before, around = (tuple(model.get_submodule(path) for path in paths) for paths in parts)
+        found: Any = model.get_submodule(blocks)
+        return cls(model.get_submodule(owner), name, found, depth, before, around)
+
 
 def find_stack(model: Any, call: Callable[[], Any]) -> Stack | str:
     """The longest list of blocks of a model of transformers, adapted or not, or why there is none to be used.

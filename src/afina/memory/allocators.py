@@ -2,10 +2,10 @@
 
 Both are played through with the sizes and the order of a trace. `Heap` is glibc's malloc, which torch takes a CPU's memory
 from: what is larger than a threshold is mapped by itself and goes back at once, the rest lies in one heap where the smallest
-hole that is large enough is taken, and the heap shrinks only where its end is free. The threshold is 128 KiB at first and
-rises with every mapped block that is freed, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD): after a step nearly all activations
-lie in the heap. torch asks for addresses that are multiples of 64, and for these glibc before 2.38 looks for a hole of 112
-bytes more than is needed, so that a block never goes where one of the same size was freed, and holes stay.
+hole that is large enough is taken, and the heap shrinks only where its end is free, or never (mallopt(3): M_MMAP_THRESHOLD
+and M_TRIM_THRESHOLD, which `memory/heap.py` sets). torch asks for addresses that are multiples of 64, and for these glibc
+before 2.38 looks for a hole of 112 bytes more than is needed, so that a block never goes where one of the same size was
+freed, and holes stay.
 
 `Pools` is torch's caching allocator of a GPU: blocks of 512 bytes, in segments of 2 MiB for small ones, of 20 MiB up to
 10 MiB, of whole 2 MiB above; segments are kept.
@@ -80,13 +80,14 @@ class _Free:
 
 
 class Heap:
-    """glibc's malloc in one thread."""
+    """glibc's malloc in one thread: blocks of `threshold` bytes and more are mapped, and where more than `trimmed` bytes are
+    free at its end they go back (None: never)."""
 
-    _PAD, _LARGEST, _ALIGNED = 128 * _KIB, 32 * _MIB, 64
+    _PAD, _ALIGNED = 128 * _KIB, 64
 
-    def __init__(self, threshold: int = 128 * _KIB, *, rising: bool = True, slack: int | None = None):
+    def __init__(self, threshold: int, trimmed: int | None = None, *, slack: int | None = None):
         self.slack = (112 if _old() else 0) if slack is None else slack
-        self.threshold, self.rising, self.trim = threshold, rising, 2 * threshold if rising else 64 * _MIB
+        self.threshold, self.trimmed = threshold, trimmed
         self.free, self.top, self.end = _Free(), 0, 0  # below `top` blocks and holes, from there to `end` nothing
         self.sizes: dict[int, int] = {}
         self.mapped: dict[int, int] = {}
@@ -131,13 +132,10 @@ class Heap:
     def give(self, block: int) -> None:
         """See `Allocator`."""
         if block < 0:
-            size = self.mapped.pop(block)
-            self._of_mapped -= size
-            if self.rising and self.threshold < size <= self._LARGEST:
-                self.threshold, self.trim = size, 2 * size
+            self._of_mapped -= self.mapped.pop(block)
         else:
             joined = self._freed(block, self.sizes.pop(block))
-            if joined >= 64 * _KIB and self.end - self.top > self.trim:
+            if self.trimmed is not None and joined >= 64 * _KIB and self.end - self.top > self.trimmed:
                 self.end = self.top + self._PAD
         self.held = self.end + self._of_mapped
 

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from afina.memory.allocators import Allocator, Heap, Pools
-from afina.memory.heap import LARGE
+from afina.memory.heap import APART, KEPT, TRIMMED
 
 __all__ = ["DEVICES", "allocator_of", "autocast_of", "backward", "hidden_of", "kernels_of", "overhead_of"]
 
@@ -31,7 +31,7 @@ def allocator_of(device: str, *, tight: bool = False) -> Allocator:
     """What tensors are taken from; `tight` as in `lean_step`."""
     if device == "cuda":
         return Pools()
-    return Heap(LARGE, rising=False) if tight else Heap()
+    return Heap(APART, TRIMMED) if tight else Heap(KEPT)
 
 
 def overhead_of(device: str) -> dict[str, int]:

@@ -161,7 +161,7 @@ def _gives(node: Any, depth: int = 0) -> bool:
         return True
     if name in _VIEWS:
         return _gives(node.next_functions[0][0], depth + 1)
-    if depth and name == "ToCopyBackward0":
+    if name == "ToCopyBackward0":
         return _gives(node.next_functions[0][0], depth + 1)
     if name != "MulBackward0":
         return False

@@ -1,4 +1,4 @@
-"""Everything that keeps a training step small, in one call: what backward keeps, checkpointed blocks, offload, the heap."""
+"""Everything that keeps a training step small, in one call: what backward keeps, checkpointed blocks, offload."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from afina.core.report import passes
 from afina.memory.activations import use_fused_activations
 from afina.memory.checkpointing import checkpoint_blocks
-from afina.memory.heap import large_tensors_apart
 from afina.memory.keeping import keep_less
 from afina.memory.offload import activation_mover
 from afina.methods.lora import LoRA
@@ -25,23 +24,23 @@ def lean_step(
     *,
     gradient_checkpointing: bool = False,
     activation_offload: bool = False,
-    tight: bool = False,
+    roomy: bool = False,
     spell: Callable[[str], str] = str,
 ) -> list[str]:
     """Make the training steps of an adapted model take little memory; results stay as they are, to rounding.
 
     Returns what is to be known of it, as sentences for a person: which layers are computed in a slower way (T35).
 
-    `tight`: memory counts for more than time: a CPU gives freed memory back at once, which takes up to a third more time.
+    `roomy`: time counts for more than memory: what backward could compute again is kept. Blocks are checkpointed and
+    activations moved all the same.
     Raises ConfigError, naming options as `spell` says they were typed, for what this model or device does not do.
     """
     mover = activation_mover(device, spell("memory.activation_offload")) if activation_offload else None
     if gradient_checkpointing:
         checkpoint_blocks(model, spell("memory.gradient_checkpointing"))
-    if tight and device.type == "cpu":
-        large_tensors_apart()
     use_fused_activations(model)
-    keep_less(model, mover, in_blocks=gradient_checkpointing)
+    if mover is not None or gradient_checkpointing or not roomy:
+        keep_less(model, mover, in_blocks=gradient_checkpointing)
     return slower_layers(model)
 
 

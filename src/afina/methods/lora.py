@@ -200,12 +200,15 @@ class LoRA(Factored, Delta):
     def delta(self, x: torch.Tensor) -> torch.Tensor:
         view = self.view
         if view.kind == "embedding":
-            rows = F.embedding(x, self.lora_A.T) @ self.lora_B.T
-            return view.scaled(rows) * self.scaling  # type: ignore[attr-defined]
-        z = view.project(drop(x, self.p, self.training), cast(self.lora_A, x).flatten(1))
-        y = view.expand(z, cast(self.lora_B, x).flatten(1)) * self.scaling
+            return view.scaled(F.embedding(x, self.lora_A.T) @ self._scaled_up().T)  # type: ignore[attr-defined]
+        z = view.project(drop(x, self.p, self.training), cast(self.lora_A, x))
+        y = view.expand(z, cast(self._scaled_up(), x))
         shift = self.delta_bias()
         return y if shift is None else y + view.per_feature(cast(shift, x), y)
+
+    def _scaled_up(self) -> torch.Tensor:
+        """B with the scale in it: to multiply the few values of B is less than to multiply an output."""
+        return self.lora_B if self.scaling == 1.0 else self.lora_B * self.scaling
 
     def forward(self, x: torch.Tensor, base: Base) -> torch.Tensor:
         if torch.compiler.is_compiling():  # the compiler fuses by itself

@@ -22,7 +22,7 @@ from afina.report.scores import intervals
 from afina.report.usage import python_lines
 from afina.report.words import counted, duration, percent
 
-__all__ = ["card", "write_card"]
+__all__ = ["CARD", "card", "write_card"]
 
 CARD = "README.md"
 _PIPELINES = {
@@ -63,12 +63,12 @@ def card(run: RunFolder) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write_card(folder: Path) -> None:
+def write_card(run: Path | RunFolder) -> None:
     """Write the card of a finished run into its adapter folder; a card that a person has written stays."""
-    path = folder / "adapter" / CARD
+    path = (run.path if isinstance(run, RunFolder) else run) / "adapter" / CARD
     if path.is_file() and "\n- afina\n" not in path.read_text(encoding="utf-8"):
         return
-    text = card(read_run(folder))
+    text = card(run if isinstance(run, RunFolder) else read_run(run))
     write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 

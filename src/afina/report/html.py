@@ -76,10 +76,10 @@ def _purpose(run: RunFolder) -> str:
     return known.get(run.task) or _FOR.get(run.task, f"for {run.task.replace('_', ' ')}")
 
 
-def write_report(folder: Path, output: Path | None = None) -> Path:
+def write_report(run: Path | RunFolder, output: Path | None = None) -> Path:
     """Write the report of a run, into its folder unless told otherwise; CheckpointError where the folder is broken."""
-    run = read_run(folder)
-    path = output or folder / REPORT
+    run = run if isinstance(run, RunFolder) else read_run(run)
+    path = output or run.path / REPORT
     text = render(run)
     write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
     return path

@@ -4,6 +4,9 @@ Rows are read, divided and encoded once for all points that ask for the same; fi
 The base is loaded once for each seed, since a new head is drawn while it is loaded; what is equal in two of them is one
 tensor. Each run gets a tree of modules of its own around those tensors, so that a run is what it is alone: its adapter, its
 hooks and its modes are nobody else's. Test rows pass over a frozen trunk as training rows do.
+
+What is found by trying (which blocks are frozen, whether passing over them gives the same) is found once for runs whose
+models are built alike. Adapters are read back into a base that was loaded from its files once more and compared.
 """
 
 from __future__ import annotations
@@ -11,12 +14,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from afina.memory.storage import FLOATS
 from afina.tasks.task import Rows
 from afina.training import checkpoints
 from afina.training.engines.engine import Engine
@@ -57,6 +62,22 @@ class Common(Shared):
         self.origins[made] = model
         return made
 
+    def fresh(self, task: Any, path: str, about: Any) -> Any:
+        """Loaded again once, and compared; after that what is known to be the same as in the files, unless it was written
+        to since."""
+
+        def load() -> tuple[Any, list[tuple[torch.Tensor, int]]]:
+            model = task.load_model(path)
+            self._merge(model)
+            return model, [(tensor, tensor._version) for tensor in (*model.parameters(), *model.buffers())]
+
+        if task.storage.weights not in FLOATS:  # whose modules may change their own form as they compute
+            return task.load_model(path)
+        model, seen = self.once("fresh base", about, load)
+        if any(tensor._version != version for tensor, version in seen):
+            return task.load_model(path)
+        return with_same_weights(model)
+
     def bare(self, base: nn.Module) -> Any:
         """Once more the tree that a base was made as, without what has been done to it since."""
         return with_same_weights(self.origins[base])
@@ -70,7 +91,7 @@ class Common(Shared):
                         continue
                     key = f"{path}.{name} {tuple(tensor.shape)} {tensor.dtype}"
                     known = self.first.setdefault(key, tensor)
-                    if known is not tensor and torch.equal(known, tensor):
+                    if known is not tensor and torch.equal(known, tensor.to(known.device)):
                         held[name] = known  # type: ignore[assignment]
 
     def reading(self, run: Any, engine: Any) -> AbstractContextManager[Any]:
@@ -82,7 +103,9 @@ def _trunk_for(run: Any, engine: Any) -> Iterator[None]:
     """The states of the test rows, in the arithmetic that they are read in, are computed once for all runs."""
     test = run.rows["test"]
     sides = {"train": test, "validation": Rows(test.examples, test.features[:1])}  # one that is known
-    with fast_path(run.model, run.task, sides, run.recipe.training, cast(Engine, _Exact(engine, run.task))):
+    exact = cast(Engine, _Exact(engine, run.task))
+    once = partial(run.once, "the test rows", exact)
+    with fast_path(run.model, run.task, sides, run.recipe.training, exact, once=once):
         yield
 
 

@@ -64,12 +64,13 @@ class _StandIn:
 class JoinedModel:
     """The base of `models` once more, with the adapters of all of them; `base` is a bare tree around the same weights.
 
-    `pad` is the padding token.
+    `pad` is the padding token; `checkpointing` and `roomy` are as in `lean_step`.
     """
 
     def __init__(
-        self, base: nn.Module, models: Mapping[str, Any], device: torch.device, pad: int, *, checkpointing: bool = False
-    ):
+        self, base: nn.Module, models: Mapping[str, Any], device: torch.device, pad: int, *, checkpointing: bool = False,
+        roomy: bool = False,
+    ):  # fmt: skip
         self.models, self.pad = dict(models), pad
         self.model: Any = None
         for name, one in self.models.items():
@@ -83,7 +84,8 @@ class JoinedModel:
                 own = one.adapters.layers.get(key)
                 if own is not None and "default" in own.adapters:
                     layer.adapters[name] = own.adapters["default"]
-        lean_step(self.model, device, gradient_checkpointing=checkpointing)
+        self.model.adapters.runtime.choose(None)  # what was chosen has been replaced
+        lean_step(self.model, device, gradient_checkpointing=checkpointing, roomy=roomy)
         self.model.to(device)
         self._rows: dict[tuple[str, ...], Rows] = {}
 

@@ -114,9 +114,10 @@ def train_points(
             runs = {f"p{point.number}": _begun(point, sweep, of, common, spell) for point in waiting[:size]}
             first = next(iter(runs.values()))
             bare = common.bare(first.model.get_base_model())
+            memory, device = first.recipe.memory, first.model.device
             joined = JoinedModel(
-                bare, {name: run.model for name, run in runs.items()}, first.model.device,
-                first.task.tokenizer.pad_token_id, checkpointing=first.recipe.memory.gradient_checkpointing,
+                bare, {name: run.model for name, run in runs.items()}, device, first.task.tokenizer.pad_token_id,
+                checkpointing=memory.gradient_checkpointing, roomy=memory.roomy(device.type),
             )  # fmt: skip
             most = tried(runs, joined, together)
             if isinstance(most, str):

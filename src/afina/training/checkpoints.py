@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def save(
         beside.mkdir(parents=True)
         write_weights(beside / "weights.safetensors", weights, {})
         if best:
-            write_weights(beside / "best.safetensors", best, {})
+            _write_best(beside, weights, best)
         with (beside / "optimizer.pt").open("wb") as file:
             torch.save(dict(tensors), file)
             _flush(file)
@@ -75,6 +76,16 @@ def save(
     for older in _complete(folder)[:-keep]:
         if _step(older) != best_step:
             shutil.rmtree(older)
+
+
+def _write_best(folder: Path, weights: Weights, best: Weights) -> None:
+    """Beside `weights`, which they often are: then another name of the same file, where the disk knows such."""
+    own, place = folder / "weights.safetensors", folder / "best.safetensors"
+    if weights.keys() == best.keys() and all(torch.equal(weights[name], best[name]) for name in best):
+        with suppress(OSError):
+            os.link(own, place)
+            return
+    write_weights(place, best, {})
 
 
 def latest(folder: Path) -> Path | None:

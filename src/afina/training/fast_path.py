@@ -4,7 +4,8 @@ Two things are looked for. Blocks in and before which nothing is trained give th
 are computed once a row and kept on the disk (`fast/trunk.py`). A last block that is read at one position alone is computed
 there alone (`fast/last_position.py`). Each is tried with real rows first, and only what gives the same is used. Frozen
 weights are held in the type that is computed in (`memory/ready.py`). On a CPU attention in bfloat16 goes back by plain
-products (`fast/attention.py`), and dropout draws fewer bits (`fast/dropout.py`).
+products (`fast/attention.py`), and dropout draws fewer bits (`fast/dropout.py`); on a GPU LoRA's is drawn again rather than
+kept where that is faster (`core/lora_dropout.py`). Of runs of a sweep that are built alike one is tried.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import shutil
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 
 from afina.core.files import cache_folder
+from afina.core.lora_dropout import DROPOUT
 from afina.fast.attention import short_attention
 from afina.fast.blocks import Stack, find_stack
 from afina.fast.dropout import quick_dropout
@@ -40,6 +43,8 @@ from afina.training.recipe import TrainingOptions
 
 __all__ = ["engine_dtype", "fast_path", "states_size"]
 
+Once = Callable[[str, Callable[[], Any]], Any]  # a name, and what is made if that has not been made before
+
 _KNOWN: dict[int, tuple[weakref.ref[torch.Tensor], int, bytes]] = {}  # hashes of tensors by their id
 _PROBED = 4  # rows that are tried
 _ROOM = 0.25  # of the free memory, for copies of frozen weights
@@ -52,11 +57,13 @@ _CLOSE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of 
 def fast_path(
     model: Any, task: Task, rows: Mapping[str, Rows], options: TrainingOptions, engine: Engine,
     say: Callable[[str], None] = lambda sentence: None, *, spare: bool = True,
+    once: Once = lambda what, make: make(),
 ) -> Iterator[list[str]]:  # fmt: skip
     """Inside the block the model runs as fast as it can without changing what is learned; gives what was found.
 
     With `frozen_dropout: keep` the blocks below what is trained draw as ever, and nothing is computed once. `say` is told of
-    work that takes a while. `spare`: time may be bought with memory.
+    work that takes a while. `spare`: time may be bought with memory. `once` makes what is found by trying, or knows it from
+    a run with the same rows whose model is built alike.
     """
     notes, known = list[str](), list[Any]()
     chance = checkpoints.random_states()
@@ -70,6 +77,12 @@ def fast_path(
         with engine.autocast():
             return task.loss_sum(model, probe)
 
+    given: list[torch.Tensor] = []  # by the whole model, where it is asked
+
+    def placed() -> tuple[Any, ...] | str:
+        found = find_stack(model, lambda: given.append(call()))
+        return found if isinstance(found, str) else found.places(model)
+
     with ExitStack() as used:
         used.enter_context(quick_gelu())
         if task.widens and _is_narrow(engine):
@@ -80,21 +93,28 @@ def fast_path(
             notes.append(f"every step computes the whole model: {engine.name} keeps it in shards")
         elif task.writes_rows:
             notes.append("every step computes the whole model: what it learns from is written anew in each step")
-        elif isinstance(stack := find_stack(model, call), str):
-            notes.append(f"every step computes the whole model: {stack}")
+        elif isinstance(places := once("blocks", placed), str):
+            notes.append(f"every step computes the whole model: {places}")
         else:
+            stack = Stack.at(model, places)
             if stack.depth:
-                if _first(task, model, stack, rows, options, engine, call, used, notes, say, spare):
+                fits = partial(_fits, call=call, given=given)
+                if _first(task, model, stack, rows, options, engine, call, used, notes, say, spare, fits, once):
                     known = list(stack.blocks[: stack.depth])
             else:
                 notes.append("something is trained in or before the first block, so every block is computed in every step")
-            _last(model, task, stack, probe, engine, used, notes)  # the rows it tries pass over the trunk
+            position, why = once("position", lambda: _position(model, task, stack, probe, engine))  # over the trunk
+            if position is not None:
+                used.enter_context(narrowed(stack.owner, stack.blocks[-1], position))
+            notes += why
         if spare and not engine.sharded:
-            _ready(model, engine, known, used, notes, call)
+            _ready(model, engine, known, used, notes, call, once)
         used.enter_context(quick_dropout())
         products = used.enter_context(short_attention()) if _is_narrow(engine) else None
         checkpoints.set_random_states(chance)
+        DROPOUT.met.clear()
         yield notes
+        notes.extend(DROPOUT.said())
         if products is not None and products.asked:
             notes.append(products.said())
 
@@ -121,8 +141,9 @@ def _few_widths(task: Task, rows: Mapping[str, Rows]) -> Iterator[None]:
 
 
 def _ready(
-    model: Any, engine: Engine, known: Sequence[Any], used: ExitStack, notes: list[str], call: Callable[[], torch.Tensor]
-) -> None:
+    model: Any, engine: Engine, known: Sequence[Any], used: ExitStack, notes: list[str], call: Callable[[], torch.Tensor],
+    once: Once,
+) -> None:  # fmt: skip
     """Hold frozen weights in the type of the arithmetic, where there is room; `known` are blocks that are not computed."""
     dtype = engine_dtype(engine)
     size, free = ready_bytes(model, dtype, without=known), available(engine.device)
@@ -134,14 +155,17 @@ def _ready(
             f"more than a quarter of the {shown_size(free)} that are free"
         )
         return
-    with torch.no_grad():
+
+    @torch.no_grad()
+    def same() -> bool:
         expected = call()
         try:
             with ready_weights(model, dtype, without=known):
-                same = torch.equal(call(), expected)
+                return torch.equal(call(), expected)
         except RuntimeError:
-            same = False
-    if same:
+            return False
+
+    if once("copies", same):
         used.enter_context(ready_weights(model, dtype, without=known))
         notes.append(f"frozen weights are held in {engine.precision}, not cast in every step ({shown_size(size)} of memory)")
     else:
@@ -161,6 +185,7 @@ def _held(model: Any, engine: Engine, spare: bool) -> AbstractContextManager[Any
 def _first(
     task: Task, model: Any, stack: Stack, rows: Mapping[str, Rows], options: TrainingOptions, engine: Engine,
     call: Callable[[], torch.Tensor], used: ExitStack, notes: list[str], say: Callable[[str], None], spare: bool,
+    fits: Callable[[Trunk], bool], once: Once,
 ) -> bool:  # fmt: skip
     """Still the trunk, and keep its states where there is room for them; says whether it is computed no more."""
     frozen = f"the first {stack.depth} of {len(stack.blocks)} blocks are frozen"
@@ -192,21 +217,29 @@ def _first(
         if (free := shutil.disk_usage(folder).free + trunk.size) < size:
             return every_step(f"{folder.parent} has room for {shown_size(free)}")
         inside.enter_context(trunk.used())
-        try:
-            same = trunk.fits(call)
-        except (TypeError, AttributeError, IndexError):  # blocks that give other than one state a token
-            same = False
-        if not same:
+        if not once("trunk", lambda: fits(trunk)):
             inside.close()
             return every_step("what was kept of them did not give the same")
-        with _held(model, engine, spare):
-            _fill(task, model, stack, trunk, rows, options, engine, (lambda _: None) if known else say)
+
+        def fill() -> None:
+            with _held(model, engine, spare):
+                _fill(task, model, stack, trunk, rows, options, engine, (lambda _: None) if known else say)
+
+        once("states", fill)  # a row whose states are gone since is computed as it comes
     except OSError as error:
         inside.close()
         return every_step(f"{place} cannot be written: {error.strerror or error}")
     before = " in a run before" if known else ""
     notes.append(f"{frozen}, without dropout, and computed once a row{before} ({shown_size(size)} on the disk)")
     return True
+
+
+def _fits(trunk: Trunk, call: Callable[[], torch.Tensor], given: Sequence[torch.Tensor]) -> bool:
+    """Whether the rows that are tried give what they have given."""
+    try:
+        return trunk.fits(call, given[-1] if given else None)
+    except (TypeError, AttributeError, IndexError):  # blocks that give other than one state a token
+        return False
 
 
 def states_size(stack: Stack, tokens: int) -> int:
@@ -305,13 +338,11 @@ def _make_room(place: Path, own: Path, room: int) -> None:
 # --- the last block
 
 
-def _last(
-    model: Any, task: Task, stack: Stack, probe: Batch, engine: Engine, used: ExitStack, notes: list[str]
-) -> None:
-    """Compute the last block where it is read."""
+def _position(model: Any, task: Task, stack: Stack, probe: Batch, engine: Engine) -> tuple[str | None, list[str]]:
+    """The position at which alone the last block is to be computed, or None, and what is to be said of it."""
     mask = probe.get("attention_mask")
     if mask is None or len(mask) < 2 or len({int(row.sum()) for row in mask}) < 2 or stack.depth == len(stack.blocks):
-        return
+        return None, []
 
     def logits() -> torch.Tensor:
         with engine.autocast():
@@ -321,9 +352,9 @@ def _last(
     try:
         position = position_read(stack.blocks[-1], mask, lambda: logits().sum())
     except (TypeError, AttributeError, RuntimeError, NotImplementedError):
-        return  # a task whose answers are no logits
+        return None, []  # a task whose answers are no logits
     if position is None:
-        return
+        return None, []
     expected = logits().detach()
     try:
         with narrowed(stack.owner, stack.blocks[-1], position):
@@ -332,10 +363,8 @@ def _last(
         if not float((found - expected).abs().max()) <= bound:
             raise NotImplementedError("the answers differ")
     except (RuntimeError, NotImplementedError) as error:
-        notes.append(f"the last block is computed at every position, though one is read ({str(error)[:100]})")
-        return
-    used.enter_context(narrowed(stack.owner, stack.blocks[-1], position))
-    notes.append(f"the last block is computed at the {position} token of each row, where alone it is read")
+        return None, [f"the last block is computed at every position, though one is read ({str(error)[:100]})"]
+    return position, [f"the last block is computed at the {position} token of each row, where alone it is read"]
 
 
 def engine_dtype(engine: Engine) -> torch.dtype:

@@ -70,7 +70,8 @@ class Planner:
         """The footprint of a run with these settings, of one process. `training.gradient_accumulation` may not be auto."""
         options, memory, engine = recipe.training, recipe.memory, recipe.distributed
         model, task = self.adapted(memory.weights)
-        lean_step(model, torch.device("cpu"), gradient_checkpointing=memory.gradient_checkpointing)
+        roomy = memory.roomy(self.device)
+        lean_step(model, torch.device("cpu"), gradient_checkpointing=memory.gradient_checkpointing, roomy=roomy)
         assert isinstance(options.gradient_accumulation, int)
         at_once = options.at_once(self.longest, self.processes * options.gradient_accumulation)
         wide = vocabulary_of(model)

@@ -153,6 +153,10 @@ class MemoryOptions:
         """Whether memory counts for more than time."""
         return self.limit is not None or self.gradient_checkpointing
 
+    def roomy(self, device: str) -> bool:
+        """Whether time counts for more than memory: on a CPU, which has more of the one than of the other."""
+        return device == "cpu" and not self.tight
+
 
 @dataclasses.dataclass
 class DistributedOptions:
@@ -289,8 +293,9 @@ class Recipe:
 def _check_types(options: Any, problems: Problems, spell: Callable[[str], str], above: str) -> None:
     """Read values as those of a file are read, whoever wrote them. One that cannot be is told, and gives way to the
     default, so that what else is wrong is found too."""
+    hints = typing.get_type_hints(type(options))
     for f in dataclasses.fields(options):
-        value, hint = getattr(options, f.name), typing.get_type_hints(type(options))[f.name]
+        value, hint = getattr(options, f.name), hints[f.name]
         if dataclasses.is_dataclass(hint) and isinstance(value, hint):  # type: ignore[arg-type]
             _check_types(value, problems, spell, f"{above}{f.name}.")
             continue

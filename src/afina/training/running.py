@@ -6,23 +6,27 @@ compared before the run counts as done.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from afina.core.checkpoint import EXTRA_NAME
 from afina.core.fingerprint import fingerprint
 from afina.data.divide import Divided
 from afina.data.example import Example
 from afina.errors import CheckpointError
-from afina.memory.measure import release
+from afina.memory.measure import give_back
 from afina.model import PeftModel
-from afina.report.card import write_card
+from afina.report.card import CARD, write_card
+from afina.report.folder import read_run
 from afina.report.html import write_report
 from afina.tasks.catalogue import task_from_settings
 from afina.tasks.reference import REFERENCE, reference
@@ -131,7 +135,8 @@ class Run:
                     write_recipe(self.output, self.recipe, self.task.labels)
             began = time.perf_counter()
             spare = not (self.recipe.memory.tight or self.recipe.memory.activation_offload)
-            with fast_path(self.model, self.task, self.rows, options, engine, say, spare=spare) as found:
+            once = partial(self.once, "training", engine)
+            with fast_path(self.model, self.task, self.rows, options, engine, say, spare=spare, once=once) as found:
                 ready = time.perf_counter() - began
                 fitted = fit(
                     self.model, self.task, self.rows["train"], self.rows["validation"], options, engine, self.output,
@@ -144,6 +149,8 @@ class Run:
             test = self.rows["test"]
             with self.shared.reading(self, engine):
                 answers = predict(self.model, self.task, test, options.read_at_once, engine, exact=True, final=True)
+                alike = self.task.storage.weights == "fp32"  # computed as the test rows are
+                compared = self._compared(engine) if alike else None
             metrics = self._metrics(fitted, answers, counts)
             before: list[dict[str, str]] = []
             if self.task.untuned:
@@ -161,15 +168,22 @@ class Run:
                     self.model.save_pretrained(self.output, selected_adapters=[REFERENCE])
                 if self.task.processor is not self.task.tokenizer:
                     self.task.processor.save_pretrained(self.output / ADAPTER)
-        batch, trained = self._compared(engine)
+        chosen, trained = compared or self._compared(engine)
         if engine.main:
-            metrics["read_back"] = self._read_back(batch, trained, engine)
+            metrics["read_back"] = self._read_back(chosen, trained, engine)
             metrics |= self.task.finish(self.model, self.output, self.rows["test"].features[:_COMPARED])
             write_json(self.output / METRICS, metrics)
-            write_report(self.output)
-            write_card(self.output)
+            shown = read_run(self.output)
+            write_report(shown)
+            write_card(shown)
         engine.wait()
         return metrics
+
+    def once(self, what: str, engine: Engine, part: str, make: Callable[[], Any]) -> Any:
+        """What is the same for all runs of a sweep with these rows whose models are built alike and computed alike."""
+        recipe = self.recipe
+        about = (self.about, recipe.method, recipe.memory, recipe.training.frozen_dropout, engine.name, engine.precision)
+        return self.shared.once(f"{part} for {what}", about, make)
 
     def _untuned(self, engine: Engine) -> tuple[dict[str, Any], list[dict[str, str]]]:
         """Figures of the base, or of what the run starts from, and its answers as columns."""
@@ -243,11 +257,13 @@ class Run:
         device, folder, rows = engine.device, self.output / ADAPTER, self.rows["test"]
         if engine.name == "ddp":  # the memory of one base is enough for both
             _let_go(self.model)
-            release(device)
-        processor = load_processor(self.source, self.task.processor_kind, folder)
+            give_back(device)
+        load = partial(load_processor, self.source, self.task.processor_kind, folder)
+        processor = self.shared.once("processor as written", _digest(folder), load)
         task = task_from_settings(self.task.settings(), processor, load_config(self.source))
         task.storage = self.task.storage
-        fresh = PeftModel.from_pretrained(task.load_model(self.source.path), folder, tokenizer=task.tokenizer).to(device)
+        base = self.shared.fresh(task, self.source.path, self.about)
+        fresh = PeftModel.from_pretrained(base, folder, tokenizer=task.tokenizer).to(device)
         length = self.encoded.max_length
         again = task.encode([rows.examples[i] for i in chosen], length, length or 0).features
         if [f.get("input_ids") for f in again] != [f.get("input_ids") for f in rows.features if f["row"] in chosen]:
@@ -261,6 +277,15 @@ class Run:
             )
         self.model = fresh
         return {"rows": len(again[:_COMPARED]), "largest_difference": difference}
+
+
+def _digest(folder: Path) -> str:
+    """Of what was written beside the adapter: equal files are read as equal tokenizers."""
+    made = hashlib.blake2b()
+    for file in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("adapter_")):
+        if file.name not in (EXTRA_NAME, CARD):
+            made.update(f"{file.relative_to(folder)} {file.stat().st_size} ".encode() + file.read_bytes())
+    return made.hexdigest()
 
 
 def _let_go(model: torch.nn.Module) -> None:

@@ -26,6 +26,10 @@ class Shared:
         """The base model, whose frozen weights may be those of other runs; random numbers are drawn as by loading it."""
         return task.load_model(path)
 
+    def fresh(self, task: Any, path: str, about: Any) -> Any:
+        """The base model as its files have it, to read an adapter back into."""
+        return task.load_model(path)
+
     def reading(self, run: Any, engine: Any) -> AbstractContextManager[Any]:
         """Around the reading of the test rows."""
         return nullcontext()

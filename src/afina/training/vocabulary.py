@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any
 
 from afina.core.config import AdapterConfig
+from afina.core.vocabulary import tokenizer_rows
 from afina.errors import ConfigError, shortened
 
 __all__ = ["add_tokens", "fit_embeddings"]
@@ -32,7 +33,7 @@ def fit_embeddings(model: Any, tokenizer: Any, config: AdapterConfig, asked: str
     notes: list[str] = []
     if tokenizer is None or (embeddings := _embeddings(model)) is None:
         return notes
-    rows, needed = int(embeddings.weight.shape[0]), max(tokenizer.get_vocab().values()) + 1
+    rows, needed = int(embeddings.weight.shape[0]), tokenizer_rows(tokenizer)
     if needed > rows:
         if not any(f.name == "trainable_token_indices" for f in dataclasses.fields(config)):
             raise ConfigError(
