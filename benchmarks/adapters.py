@@ -143,9 +143,7 @@ def _inference(
     return _rates("forward", kind, precision, count, size, tokens, timings)
 
 
-def _training(
-    bench: Bench, model: Any, kind: str, precision: str, count: int, size: int, tokens: int
-) -> dict[str, Any]:
+def _training(bench: Bench, model: Any, kind: str, precision: str, count: int, size: int, tokens: int) -> dict[str, Any]:
     torch, names = bench.torch, _names(count, size)
     ids = torch.randint(10, 3000, (size, tokens))
 

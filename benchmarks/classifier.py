@@ -79,10 +79,12 @@ def labelled(run: Any, side: str) -> tuple[list[list[int]], list[int]]:
 
 def measured(run: Any, model: Any, fit: Callable[[Any, Path], Any], side: str = "test") -> dict[str, Any]:
     """Train with `fit(engine, folder)` and read one side; a row of results."""
+    from afina.memory.heap import large_tensors_kept
     from afina.training.loop import make_engine, predict
 
     engine = make_engine(run.precision)
-    with tempfile.TemporaryDirectory() as folder, Clock() as clock:
+    kept = large_tensors_kept(run.recipe.memory.roomy(engine.device.type))  # as a run has it
+    with tempfile.TemporaryDirectory() as folder, kept, Clock() as clock:
         fitted = fit(engine, Path(folder))
     rows = run.rows[side]
     answers = predict(model, run.task, rows, run.recipe.training.batch_size * 2, engine, exact=True)
@@ -109,9 +111,7 @@ def adapted(run: Any, side: str = "test") -> dict[str, Any]:
     from afina.training.loop import fit
 
     def train(engine: Any, folder: Path) -> Any:
-        return fit(
-            run.model, run.task, run.rows["train"], run.rows["validation"], run.recipe.training, engine, folder
-        )
+        return fit(run.model, run.task, run.rows["train"], run.rows["validation"], run.recipe.training, engine, folder)
 
     row = measured(run, run.model, train, side)
     with tempfile.TemporaryDirectory() as folder:

@@ -103,8 +103,11 @@ def kohya_compared(base: Path, run: Path, folder: Path) -> bool:
     config = pipeline_config(str(base))
     own, read = factors_of_adapter(run / "adapter"), read_factors(first, shapes_of(config), config.family,
                                                                   layers_per_block(config))  # fmt: skip
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one) and own.keys() == read.keys() and (
-        all(torch.equal(read[p].down, f.down) and torch.equal(read[p].up, f.up) for p, f in own.items())
+    return (
+        one.keys() == other.keys()
+        and all(torch.equal(one[k], other[k]) for k in one)
+        and own.keys() == read.keys()
+        and (all(torch.equal(read[p].down, f.down) and torch.equal(read[p].up, f.up) for p, f in own.items()))
     )
 
 

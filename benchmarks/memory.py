@@ -147,7 +147,7 @@ def ours(name: str, folder: Path, kind: str) -> Step:
     model = get_peft_model(task.load_model(str(folder)), config)
     again = "checkpointed" in kind
     lean_step(model, torch.device("cpu"), gradient_checkpointing=again, roomy=not again)
-    large_tensors_apart() if again else large_tensors_kept()
+    large_tensors_apart()
     features: list[dict[str, Any]] = []
     for i, row in enumerate(rows(name)):
         decoder = {"decoder_ids": [0, *row["labels"][:-1]]} if targets else {"answer_at": 0}
@@ -164,7 +164,7 @@ def ours(name: str, folder: Path, kind: str) -> Step:
             raise Over
 
     try:
-        with tempfile.TemporaryDirectory() as runs:
+        with large_tensors_kept(not again), tempfile.TemporaryDirectory() as runs:
             fit(model, task, side, side, options, make_engine(precision), Path(runs), tell=tell)
     except Over:
         pass
@@ -332,9 +332,7 @@ def markdown(results: Mapping[str, Any]) -> str:
             if key.split()[0] != name:
                 continue
             a, b = entry["ours"], entry["theirs"]
-            whole, step = (
-                (f"{a[k] / 1e6:,.0f}", f"{b[k] / 1e6:,.0f}", f"**{a[k] / b[k]:.2f}**") for k in ("most", "added")
-            )
+            whole, step = ((f"{a[k] / 1e6:,.0f}", f"{b[k] / 1e6:,.0f}", f"**{a[k] / b[k]:.2f}**") for k in ("most", "added"))
             met = "yes" if a["most"] / b["most"] <= TARGET else "step alone" if a["added"] / b["added"] <= TARGET else "no"
             lines.append((KINDS[key.partition(" ")[2]][0], *whole, *step, f"{a['cpu'] / b['cpu']:.2f}", met))
         title, rows_, length, targets = MODELS[name]

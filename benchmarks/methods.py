@@ -95,7 +95,8 @@ class Bench:
         import afina
         from afina.memory.heap import large_tensors_kept
 
-        large_tensors_kept()  # else the system takes pages back from the one or the other by where tensors happen to lie
+        # else the system takes pages back from the one or the other by where tensors happen to lie
+        large_tensors_kept().__enter__()
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         torch.set_num_threads(1)

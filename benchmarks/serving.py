@@ -84,9 +84,7 @@ def sentences(count: int, seed: int) -> list[str]:
     return list(made)[:count]
 
 
-def train(
-    folder: Path, name: str, rows: list[dict[str, Any]], model: str, task: dict[str, Any], **training: Any
-) -> Path:
+def train(folder: Path, name: str, rows: list[dict[str, Any]], model: str, task: dict[str, Any], **training: Any) -> Path:
     """A run of a few seconds on rows with text and label."""
     from afina.training.recipe import DataOptions, Recipe, TrainingOptions
     from afina.training.run import prepare
@@ -203,9 +201,7 @@ class Client:
         return (await self.post("/classify", {"model": name, "input": text}))["data"][0]
 
 
-async def load(
-    address: str, process: psutil.Process, right: dict[tuple[str, str], Any], made: Load, chat: bool
-) -> Load:
+async def load(address: str, process: psutil.Process, right: dict[tuple[str, str], Any], made: Load, chat: bool) -> Load:
     """All clients ask, each again as soon as it is answered, until all requests are made."""
     requests, clients, chance = made.requests, made.clients, random.Random(3)
     waiting = iter(range(requests))

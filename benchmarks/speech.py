@@ -101,10 +101,11 @@ def accuracy(run: Any, model: Any) -> tuple[int, int]:
 
 def trained(run: Any, model: Any) -> Any:
     """The model, trained on the rows of a run."""
+    from afina.memory.heap import large_tensors_kept
     from afina.training.loop import fit, make_engine
 
     rows, engine = run.rows, make_engine(run.precision)
-    with tempfile.TemporaryDirectory() as folder:
+    with large_tensors_kept(run.recipe.memory.roomy(engine.device.type)), tempfile.TemporaryDirectory() as folder:
         fit(model, run.task, rows["train"], rows["validation"], run.recipe.training, engine, Path(folder))
     return model
 
@@ -258,7 +259,9 @@ def measure_whisper(data: Path, tokens: Path, work: Path, weights: str) -> dict[
 
     recipe = Recipe(
         task={"name": "speech_recognition", "language": "english", "max_new_tokens": 60, "max_seconds": 12},
-        model=str(base), data=DataOptions(file=str(rows)), memory=MemoryOptions(weights=weights),
+        model=str(base),
+        data=DataOptions(file=str(rows)),
+        memory=MemoryOptions(weights=weights),
         method={"name": "lora", "r": 16, "modules_to_save": ["model.decoder.layer_norm"]},
         training=TrainingOptions(epochs=MOST, batch_size=9, learning_rate=4e-3, evaluate_every=MOST, warmup=0.05),
     )

@@ -7,7 +7,8 @@
 
 Four jobs, true architectures on real texts: MiniLM (trained weights) and GPT-2 small on SMS spam, BERT-base on 150 intents,
 T5-small on summaries of one sentence (random weights). Each is trained in five ways on the same rows, batch 16, in turn,
-each way in a process of its own, since afina sets how the C library keeps memory, which is no default of the others:
+each way in a process of its own. That of PEFT gets its rows from another, so that it has no more of afina in it than a
+user of PEFT has: afina sets how the C library keeps memory (afina/memory/heap.py).
 
     ours      afina by its defaults: LoRA r=8 on all linear layers, bf16 where the processor has it, like lengths together
     theirs    PEFT + Trainer by their defaults: LoRA r=8 where PEFT puts it by itself, fp32, rows in random order
@@ -35,7 +36,10 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +180,28 @@ class Stretch:
 Sample = Callable[[], tuple[float, float]]
 
 
+@dataclass(frozen=True)
+class Given:
+    """What PEFT + Trainer are given: the rows of a sample in tokens, as ours has them, and where the base lies."""
+
+    base: str  # its folder
+    tokenizer: Any
+    labels: int  # number of classes; 0: targets are texts
+    rows: list[dict[str, list[int]]]
+    precision: str  # ours
+
+
+def given(name: str, data: Path, folder: Path) -> Given:
+    """The same rows as ours. Called in a process that ends with it."""
+    run, rows = prepared(name, data, folder)
+    seq2seq = run.task.name == "seq2seq"
+    key = "labels" if seq2seq else "label"
+    data_of = [
+        {"input_ids": f["input_ids"], "attention_mask": [1] * len(f["input_ids"]), "labels": f[key]} for f in rows.features
+    ]
+    return Given(run.source.path, run.task.tokenizer, 0 if seq2seq else len(run.task.labels), data_of, run.precision)
+
+
 @contextlib.contextmanager
 def unwritten() -> Iterator[None]:
     """No checkpoints: they lie before the first step and after the last, and whole models take minutes to write."""
@@ -192,6 +218,7 @@ def by_our_loop(run: Any, rows: Any, model: Any, rate: float | None = None) -> S
     """Training by afina's loop, with what a run puts around it."""
     import dataclasses
 
+    from afina.memory.heap import large_tensors_kept
     from afina.tasks.task import Rows
     from afina.training.fast_path import fast_path
     from afina.training.loop import fit, make_engine
@@ -215,7 +242,9 @@ def by_our_loop(run: Any, rows: Any, model: Any, rate: float | None = None) -> S
                 stretch.end()
 
         sides = {"train": rows, "validation": few}
-        with tempfile.TemporaryDirectory() as folder, unwritten(), fast_path(model, run.task, sides, options, engine):
+        way = fast_path(model, run.task, sides, options, engine)
+        kept = large_tensors_kept(run.recipe.memory.roomy(engine.device.type))
+        with tempfile.TemporaryDirectory() as folder, unwritten(), kept, way:
             fit(model, run.task, rows, few, options, engine, Path(folder), tell=tell)
         engine.close()
         return stretch.seconds()
@@ -223,43 +252,43 @@ def by_our_loop(run: Any, rows: Any, model: Any, rate: float | None = None) -> S
     return sample
 
 
-def ours(run: Any, rows: Any) -> Sample:
+def ours(name: str, data: Path, folder: Path, *, limit: str | None = None) -> Sample:
     """The run as it was prepared."""
+    run, rows = prepared(name, data, folder, limit=limit)
     return by_our_loop(run, rows, run.model)
 
 
-def full(run: Any, rows: Any) -> Sample:
+def full(name: str, data: Path, folder: Path) -> Sample:
     """Every weight of a fresh base."""
     from afina.memory.activations import use_fused_activations
 
+    run, rows = prepared(name, data, folder)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         model = run.task.load_model(run.source.path).requires_grad_(True)
     use_fused_activations(model)
     return by_our_loop(run, rows, model, 1e-5)
 
 
-def theirs(run: Any, rows: Any, *, expert: bool = False) -> Sample:
+def theirs(name: str, data: Path, folder: Path, *, expert: bool = False) -> Sample:
     """PEFT + Trainer; by their defaults, or as an expert sets them."""
     import peft
     import transformers as tf
 
-    seq2seq = run.task.name == "seq2seq"
-    auto = tf.AutoModelForSeq2SeqLM if seq2seq else tf.AutoModelForSequenceClassification
+    with ProcessPoolExecutor(1, get_context("spawn")) as other:
+        has = other.submit(given, name, data, folder).result()
+    auto = tf.AutoModelForSequenceClassification if has.labels else tf.AutoModelForSeq2SeqLM
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        base = auto.from_pretrained(run.source.path, **({} if seq2seq else {"num_labels": len(run.task.labels)}))
-    base.config.pad_token_id = run.task.tokenizer.pad_token_id
+        base = auto.from_pretrained(has.base, **({"num_labels": has.labels} if has.labels else {}))
+    base.config.pad_token_id = has.tokenizer.pad_token_id
     targets = {"target_modules": "all-linear"} if expert else {}
-    config = peft.LoraConfig(r=8, task_type="SEQ_2_SEQ_LM" if seq2seq else "SEQ_CLS", **targets)
+    config = peft.LoraConfig(r=8, task_type="SEQ_CLS" if has.labels else "SEQ_2_SEQ_LM", **targets)
     model = peft.get_peft_model(base, config)
-    key = "labels" if seq2seq else "label"
-    data = [
-        {"input_ids": f["input_ids"], "attention_mask": [1] * len(f["input_ids"]), "labels": f[key]} for f in rows.features
-    ]
-    tokenizer = run.task.tokenizer
-    collate = tf.DataCollatorForSeq2Seq(tokenizer, base) if seq2seq else tf.DataCollatorWithPadding(tokenizer)
+    collate: Any = (
+        tf.DataCollatorWithPadding(has.tokenizer) if has.labels else tf.DataCollatorForSeq2Seq(has.tokenizer, base)
+    )
     set_well: dict[str, Any] = {}
     if expert:
-        set_well = {"bf16": run.precision == "bf16", "train_sampling_strategy": "group_by_length"}
+        set_well = {"bf16": has.precision == "bf16", "train_sampling_strategy": "group_by_length"}
 
     def sample() -> tuple[float, float]:
         stretch = Stretch()
@@ -276,7 +305,9 @@ def theirs(run: Any, rows: Any, *, expert: bool = False) -> Sample:
                 output_dir=folder, num_train_epochs=1, per_device_train_batch_size=BATCH, save_strategy="no", report_to=[],
                 disable_tqdm=True, use_cpu=True, **set_well,
             )  # fmt: skip
-            trainer = tf.Trainer(model=model, args=arguments, train_dataset=data, data_collator=collate, callbacks=[Watch()])
+            trainer = tf.Trainer(
+                model=model, args=arguments, train_dataset=has.rows, data_collator=collate, callbacks=[Watch()]
+            )
             assert trainer.accelerator.mixed_precision == ("bf16" if arguments.bf16 else "no")
             with contextlib.redirect_stdout(io.StringIO()):
                 trainer.train()
@@ -334,8 +365,9 @@ def rate(model: Any, tokens: int, dtype: Any) -> float:
     return done / seconds
 
 
-WAYS: dict[str, Callable[[Any, Any], Sample]] = {
-    "ours": ours, "theirs": theirs, "expert": lambda *of: theirs(*of, expert=True), "full": full, "limited": ours,
+WAYS: dict[str, Callable[[str, Path, Path], Sample]] = {
+    "ours": ours, "theirs": theirs, "expert": partial(theirs, expert=True), "full": full,
+    "limited": partial(ours, limit="100GB"),
 }  # fmt: skip
 
 
@@ -347,7 +379,8 @@ def work(name: str, way: str, data: Path) -> None:
         print(json.dumps(what), file=answers, flush=True)
 
     with silence(), tempfile.TemporaryDirectory() as folder:
-        sample = WAYS[way](*prepared(name, data, Path(folder), limit="100GB" if way == "limited" else None))
+        sample = WAYS[way](name, data, Path(folder))
+        assert (way in ("theirs", "expert")) == ("afina" not in sys.modules)
         tell({"operations": counted(sample), "targets": getattr(sample, "targets", [])})
         for _ in sys.stdin:
             gc.collect()

@@ -118,8 +118,7 @@ def rendered(result: dict[str, Any]) -> str:
         f"{result['rows']:,} rows, of which 7 in 10 are learned from; medians of {least}. "
         "A further run is a seventh of what the sweep takes above one run. Start of Python, libraries, base and data "
         "come once in both; the optimizer, the copy of its weights in 16 bits and the reading back of what was written are "
-        "each run's own.\n\n"
-        + table(head, rows)
+        "each run's own.\n\n" + table(head, rows)
     )
 
 

@@ -81,9 +81,7 @@ def test_few_rows_measures_each_cell_once_and_renders_it(base: str, file: Path, 
     small: dict[str, Any] = {"sizes": (5, 16), "model": base, "steps": 4}
     few_rows.measure(sides, ["lora", "full"], [0], path, results, **small)
     rows = json.loads(path.read_text())["rows"]
-    assert [(row["way"], row["a_class"]) for row in rows] == [
-        (way, size) for way in ("lora", "full") for size in (5, 16)
-    ]
+    assert [(row["way"], row["a_class"]) for row in rows] == [(way, size) for way in ("lora", "full") for size in (5, 16)]
     assert all(row["train_rows"] <= 2 * row["a_class"] and row["rows"] == len(sides["sms_spam"]["test"]) for row in rows)
     assert len({row["steps"] for row in rows if row["a_class"] == 16}) == 1
     few_rows.measure(sides, ["lora"], [0], path, results, **small)

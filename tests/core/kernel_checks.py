@@ -1,6 +1,6 @@
 """What `test_lora_kernel.py` has run in a process of its own, where Triton interprets its kernels on a CPU.
 
-    TRITON_INTERPRET=1 python kernel_checks.py       prints, as JSON, what went wrong in each check, "" where nothing did
+TRITON_INTERPRET=1 python kernel_checks.py       prints, as JSON, what went wrong in each check, "" where nothing did
 """
 
 from __future__ import annotations

@@ -203,6 +203,7 @@ def test_methods_are_planned_as_they_compute(configured, method):
 @pytest.mark.parametrize("name", ["reward", "dpo", "orpo", "kto", "grpo"])
 def test_preferences_are_planned_with_one_copy_of_the_base(name, configured):
     """Twice the rows of a task with one answer a row, `group` times for answers that are written, and never another base."""
+
     def parts(task, **options):
         recipe = recipe_of(configured / "llama", task=task, max_length=48, batch_size=2)
         recipe.task |= options

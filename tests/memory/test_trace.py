@@ -41,8 +41,10 @@ def test_views_and_changes_in_place_take_nothing():
 
 def chain(x, weights, *, again):
     for weight in weights:
-        x = checkpoint(lambda x, w: torch.tanh(torch.exp(x * w)), x, weight, use_reentrant=False) if again else torch.tanh(
-            torch.exp(x * weight)
+        x = (
+            checkpoint(lambda x, w: torch.tanh(torch.exp(x * w)), x, weight, use_reentrant=False)
+            if again
+            else torch.tanh(torch.exp(x * weight))
         )
     return x.sum()
 

@@ -174,7 +174,8 @@ CASES = {
 # On pipelines: what a test of models of transformers asks is asked of these in tests/training/test_dreambooth.py.
 PIPELINES = {
     "dreambooth": (
-        subject, diffusion_bases.save_sd,
+        subject,
+        diffusion_bases.save_sd,
         {"instance_prompt": "a photo of sks dog", "show_pictures": 0, "resolution": 16},
     ),
 }

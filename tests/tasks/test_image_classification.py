@@ -195,9 +195,7 @@ def test_convolutions_are_adapted_where_there_is_no_linear_layer(places, tmp_pat
 
 
 def test_t05_a_head_of_other_classes_though_as_many_is_made_anew(places, tmp_path):
-    model = tf.AutoModelForImageClassification.from_pretrained(
-        save_vit(tmp_path / "base"), id2label={0: "cat", 1: "dog"}
-    )
+    model = tf.AutoModelForImageClassification.from_pretrained(save_vit(tmp_path / "base"), id2label={0: "cat", 1: "dog"})
     model.save_pretrained(tmp_path / "base")
     task = task_of(places)
     loaded = task.load_model(str(tmp_path / "base"))

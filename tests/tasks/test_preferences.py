@@ -307,6 +307,7 @@ def test_what_cannot_be_started_from_is_told(started, tmp_path):
 
 def test_memory_holds_one_copy_of_the_base(base, tmp_path):
     """Whatever tensors are alive in the middle of training: the base once, and otherwise what belongs to the adapter."""
+
     def alive():
         return {id(t): t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)}
 
@@ -490,4 +491,3 @@ def test_a_model_without_room_for_an_answer_is_refused(tmp_path):
 def test_options_that_say_nothing_are_refused(base):
     with pytest.raises(ConfigError, match=r"task.label_smoothing=0.1 belongs to task.loss=sigmoid"):
         made("dpo", base, pairs(3), loss="hinge", label_smoothing=0.1)
-

@@ -38,9 +38,7 @@ def test_t22_neither_padding_nor_its_side_changes_an_answer(folder):
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
     for side in ("left", "right"):
         task.tokenizer.padding_side = side
-        torch.testing.assert_close(
-            task.logits(model, task.collate(features(task, TEXTS))), together, rtol=0, atol=0
-        )
+        torch.testing.assert_close(task.logits(model, task.collate(features(task, TEXTS))), together, rtol=0, atol=0)
 
 
 @torch.no_grad()

@@ -95,8 +95,9 @@ def test_a_tracker_that_does_not_begin_ends_the_others(tmp_path):
     pytest.importorskip("tensorboard")
     PartialState(cpu=True)
     (tmp_path / "tensorboard").write_text("in the way")
-    with pytest.raises(ConfigError, match=r"training\.trackers=tensorboard: it did not begin"), Trackers(
-        ["tensorboard"], tmp_path, RECIPE
+    with (
+        pytest.raises(ConfigError, match=r"training\.trackers=tensorboard: it did not begin"),
+        Trackers(["tensorboard"], tmp_path, RECIPE),
     ):
         pass
 
@@ -109,7 +110,7 @@ from afina.training.trackers import Trackers
 with Trackers([], Path({str(tmp_path)!r}), {{}}) as trackers:
     trackers({STEPS[0]!r})
     trackers.tested({FIGURES!r})
-print(sorted({{m.split('.')[0] for m in sys.modules}} & {{'accelerate', {', '.join(map(repr, TRACKERS))}}}))
+print(sorted({{m.split('.')[0] for m in sys.modules}} & {{'accelerate', {", ".join(map(repr, TRACKERS))}}}))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -52,9 +52,9 @@ def test_t18_on_the_pristine_base_it_is_merged_too_and_the_difference_is_shown(s
 def test_t18_another_base_is_refused(folder, tmp_path):
     model = adapted(folder, "nf4")
     torch.manual_seed(5)
-    other = tf.AutoModelForCausalLM.from_config(model.config.__class__(**{
-        k: v for k, v in model.config.to_dict().items() if k != "quantization_config"
-    }))
+    other = tf.AutoModelForCausalLM.from_config(
+        model.config.__class__(**{k: v for k, v in model.config.to_dict().items() if k != "quantization_config"})
+    )
     with pytest.raises(BaseMismatchError):
         model.merge_and_unload(base=other)
 

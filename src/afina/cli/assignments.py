@@ -33,7 +33,6 @@ def typed_as(place: str) -> str:
     return TYPED.get(place, place)
 
 
-
 def method_options(typed: Sequence[str], config: Any, name: str, problems: Problems) -> dict[str, Any]:
     """Options of a method's configuration class; adds every one that is unknown or of the wrong type to `problems`."""
     from afina.training.recipe import LISTS, NOT_IN_RECIPES, parse_value

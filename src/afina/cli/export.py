@@ -28,9 +28,7 @@ def export(
     ] = "0.5%",
     base: Annotated[
         str | None,
-        typer.Option(
-            help="Of a quantised base: quantised (what its weights stand for) or pristine (the checkpoint's own)."
-        ),
+        typer.Option(help="Of a quantised base: quantised (what its weights stand for) or pristine (the checkpoint's own)."),
     ] = None,
     max_error: Annotated[
         float | None, typer.Option(help="Of a quantised base: share of what the adapter does that may go (default: 0.1)")

@@ -19,8 +19,10 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0: all of this machine's.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at; 0: any that is free.", min=0, max=65535)] = 8000,
     api_key: Annotated[
-        str | None, typer.Option(envvar="AFINA_API_KEY", help="Key that requests must carry. Others see a command line; the "
-                                 "variable they do not.")
+        str | None,
+        typer.Option(
+            envvar="AFINA_API_KEY", help="Key that requests must carry. Others see a command line; the variable they do not."
+        ),
     ] = None,
     max_body: Annotated[str, typer.Option(help="Largest request, for example 1MB.")] = "1MB",
     queue: Annotated[int, typer.Option(help="Requests inside at once, waiting or being answered.", min=1)] = 512,

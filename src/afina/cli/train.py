@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["train"]
 
+
 def train(
     arguments: Annotated[
         list[str] | None,
@@ -94,7 +95,12 @@ def train(
         typed = typed if any(a.endswith((".yaml", ".yml")) for a in typed) else [str(output / "recipe.yaml"), *typed]
     recipe = assemble(given, typed, problems)
     run = prepare(
-        recipe, output, spell=typed_as, problems=problems, overwrite=overwrite, resume=resume,
+        recipe,
+        output,
+        spell=typed_as,
+        problems=problems,
+        overwrite=overwrite,
+        resume=resume,
         from_step=from_step,
     )
     speaks = os.environ.get("RANK", "0") == "0"  # one of several processes that torchrun started

@@ -273,14 +273,10 @@ def _outputs(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
             return getattr(said, name)  # type: ignore[no-any-return]
     if isinstance(said, torch.Tensor):
         return said
-    raise ConfigError(
-        f"{type(model).__name__} returns neither logits nor hidden states; say what to compare with outputs="
-    )
+    raise ConfigError(f"{type(model).__name__} returns neither logits nor hidden states; say what to compare with outputs=")
 
 
-def difference(
-    one: list[torch.Tensor], other: list[torch.Tensor], base: list[torch.Tensor] | None = None
-) -> OutputError:
+def difference(one: list[torch.Tensor], other: list[torch.Tensor], base: list[torch.Tensor] | None = None) -> OutputError:
     """What `outputs_of` one model gave beside those of another, batch by batch."""
     apart = _norm(float((a - b).norm()) for a, b in zip(one, other, strict=True))
     done = None if base is None else _norm(float((a - b).norm()) for a, b in zip(other, base, strict=True))

@@ -55,9 +55,7 @@ def chosen_columns(
     return chosen
 
 
-def _check_division(
-    table: Table, kind: Kind, options: DataOptions, problems: Problems, spell: Callable[[str], str]
-) -> None:
+def _check_division(table: Table, kind: Kind, options: DataOptions, problems: Problems, spell: Callable[[str], str]) -> None:
     """Add ways of dividing and balancing that the rows do not allow, or that do not go together."""
     mode = options.mode(table.sides is not None)
     needed = {"grouped": options.group, "time": options.time, "given": options.split_column or table.sides}

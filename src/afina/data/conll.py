@@ -95,4 +95,3 @@ def _sentences(lines: list[str]) -> list[list[int]]:
         elif made[-1]:
             made.append([])
     return made if made[-1] else made[:-1]
-

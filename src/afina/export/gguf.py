@@ -29,10 +29,16 @@ from afina.tasks.task import Task
 __all__ = ["ARCHITECTURES", "QUANTISATIONS", "Gguf", "add_architecture", "architecture_of", "converted", "read_tokenizer"]
 
 FILE = "model.gguf"
-ARCHITECTURES = {
-    "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3", "gemma2": "gemma2",
-    "gpt2": "gpt2", "starcoder2": "starcoder2",
-}  # fmt: skip  (transformers' name, llama.cpp's; those that transformers reads back)
+ARCHITECTURES = {  # transformers' name, llama.cpp's; those that transformers reads back
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "phi3": "phi3",
+    "gemma2": "gemma2",
+    "gpt2": "gpt2",
+    "starcoder2": "starcoder2",
+}
 # Types that gguf makes with numpy, and how far probabilities may be from the run's, in the mean (f32, bf16, f16: at most).
 QUANTISATIONS = {"f32": 1e-3, "f16": 5e-3, "bf16": 3e-2, "q8_0": 0.03, "q5_1": 0.1, "q5_0": 0.1, "q4_1": 0.2, "q4_0": 0.2}
 _FILE_TYPES = {

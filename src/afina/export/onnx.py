@@ -133,9 +133,7 @@ def _given(model: Any, task: Task) -> dict[str, torch.Tensor]:
     return {name: given[name] for name in names}
 
 
-def _traced(
-    module: Any, inputs: Mapping[str, torch.Tensor], lengths: Mapping[str, str], path: Path, bytes_: int
-) -> None:
+def _traced(module: Any, inputs: Mapping[str, torch.Tensor], lengths: Mapping[str, str], path: Path, bytes_: int) -> None:
     """Write the graph of a module. `lengths`: names of the second dimensions that may be any number."""
     import onnx
 

@@ -132,8 +132,8 @@ def _places(mask: torch.Tensor | None, position: str, rows: int, length: int, de
 
 
 def position_read(block: nn.Module, mask: torch.Tensor, call: Callable[[], torch.Tensor]) -> str | None:
-    """"first" or "last" where `call`, a scalar of a batch with this mask, depends on that position of the block's output
-    alone; None where it does not. Rows of `mask` `[rows, tokens]` must differ in length for this to be told."""
+    """Says "first" or "last" where `call`, a scalar of a batch with this mask, depends on that position of the block's
+    output alone; None where it does not. Rows of `mask` `[rows, tokens]` must differ in length for this to be told."""
     outputs: list[torch.Tensor] = []
 
     def note(module: nn.Module, args: Any, out: Any) -> Any:

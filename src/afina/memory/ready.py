@@ -61,9 +61,7 @@ def _copy(held: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
     return copy
 
 
-def _wide(
-    model: nn.Module, dtype: torch.dtype, without: Collection[nn.Module]
-) -> Iterator[tuple[Any, str, nn.Parameter]]:
+def _wide(model: nn.Module, dtype: torch.dtype, without: Collection[nn.Module]) -> Iterator[tuple[Any, str, nn.Parameter]]:
     """Float32 weights and biases of layers that are a matrix product, frozen, with adapters that are content with the
     product."""
     if dtype == torch.float32:

@@ -143,4 +143,3 @@ def figures(run: RunFolder) -> Markup:
         table("Figures of the test rows", columns, rows, numbers=range(1, len(columns))),
         *(el("p", line, class_="note") for line in split),
     )
-

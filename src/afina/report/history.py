@@ -116,9 +116,7 @@ def curves(run: RunFolder) -> Markup:
 
 def _figures(run: RunFolder, keys: Sequence[str], mark: tuple[float, str] | None) -> list[Markup]:
     """Charts of the validation figures: those between 0 and 1 together, each other one by itself."""
-    lines = {
-        key: [(float(e["step"]), float(e[f"validation_{key}"])) for e in run.epochs if _there(e, key)] for key in keys
-    }
+    lines = {key: [(float(e["step"]), float(e[f"validation_{key}"])) for e in run.epochs if _there(e, key)] for key in keys}
     shares = [k for k in keys if run.figures[k].better > 0 and all(-1 <= y <= 1 for _, y in lines[k])][: len(_STYLES)]
     drawn = []
     if shares:

@@ -68,8 +68,9 @@ def _purpose(run: RunFolder) -> str:
     count = len(run.labels)
     known = {
         "multi_label_classification": f"to say which of {count} labels a text has",
-        **dict.fromkeys(("audio_classification", "image_classification", "sequence_classification"),
-                        f"to tell {count} classes apart"),
+        **dict.fromkeys(
+            ("audio_classification", "image_classification", "sequence_classification"), f"to tell {count} classes apart"
+        ),
         "token_classification": f"to tag words with {count} tags",
         "document_token_classification": f"to tag the words of pages with {count} tags",
     }

@@ -221,9 +221,11 @@ def _boxed(run: RunFolder) -> Lines:
     looks = task.get("family") == "layoutlmv3" and task["options"]["pictures"]
     end = "\nbbox[-1] = [1000] * 4  # of what ends the words" if task.get("family") == "layoutlm" else ""
     imported = "from transformers import AutoTokenizer\n\nfrom afina.data.pictures import read_picture\n" if looks else ""
-    reader = f"""
+    reader = ""
+    if looks:
+        reader = f"""
 tokenizer = AutoTokenizer.from_pretrained({_FOLDER})
-processor = AutoImageProcessor.from_pretrained({_FOLDER}, backend="pil", apply_ocr=False)""" if looks else ""
+processor = AutoImageProcessor.from_pretrained({_FOLDER}, backend="pil", apply_ocr=False)"""
     seen = 'batch |= processor(read_picture("..."), return_tensors="pt")  # the page\n' if looks else ""
     return (
         "AutoModelForTokenClassification",

@@ -218,9 +218,7 @@ def width_of(inputs: Mapping[str, torch.Tensor]) -> int:
     return sum(inputs[key].shape[1] for key in ("input_ids", "decoder_input_ids") if key in inputs)
 
 
-def _together(
-    calls: Sequence[dict[str, Any]], pad: int, taken: set[int]
-) -> tuple[dict[str, Any], list[int], _Widths]:
+def _together(calls: Sequence[dict[str, Any]], pad: int, taken: set[int]) -> tuple[dict[str, Any], list[int], _Widths]:
     """One batch of several, the rows of each, and how wide each was."""
     if any(call.keys() != calls[0].keys() for call in calls):
         raise NotImplementedError("the runs call the model with different inputs")

@@ -19,9 +19,7 @@ __all__ = ["train_on_ray"]
 _LINES = 12  # of what a part that failed had said last
 
 
-def train_on_ray(
-    words: Sequence[str], address: str, parts: int | None, points: int, say: Callable[[str], Any]
-) -> None:
+def train_on_ray(words: Sequence[str], address: str, parts: int | None, points: int, say: Callable[[str], Any]) -> None:
     """Run the command `words` in `parts` parts (None: one a GPU, else one a machine), and wait for all.
 
     `address`: of a cluster; `auto`: of the one this machine is in; `local`: one that is started here for as long.

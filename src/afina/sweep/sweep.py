@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from afina.errors import AfinaError, ConfigError, DataError, MissingDependencyError, Problems, StoppedError
+from afina.memory.heap import large_tensors_kept
 from afina.report.words import counted
 from afina.sweep.common import Common
 from afina.sweep.groups import alike, alone_because, tried
@@ -119,7 +120,8 @@ def train_points(
                 bare, {name: run.model for name, run in runs.items()}, device, first.task.tokenizer.pad_token_id,
                 checkpointing=memory.gradient_checkpointing, roomy=memory.roomy(device.type),
             )  # fmt: skip
-            most = tried(runs, joined, together)
+            with large_tensors_kept(memory.roomy(device.type)):  # as the runs will have it
+                most = tried(runs, joined, together)
             if isinstance(most, str):
                 group.why = most
                 break

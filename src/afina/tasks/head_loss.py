@@ -244,9 +244,7 @@ def _entropy(scores: torch.Tensor, tokens: torch.Tensor, smoothing: float) -> to
     return losses
 
 
-def _read(
-    head: Head, behind: Behind, hidden: torch.Tensor, tokens: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _read(head: Head, behind: Behind, hidden: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     losses, hits = [torch.zeros(0, dtype=torch.float64, device=hidden.device)], [tokens.new_zeros(0, dtype=torch.bool)]
     for some, right in _chunks(head, hidden, tokens):
         scores = behind(head.call(some))
@@ -258,9 +256,7 @@ def _read(
     return torch.cat(losses), torch.cat(hits)
 
 
-def _chunks(
-    head: Head, hidden: torch.Tensor, tokens: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _chunks(head: Head, hidden: torch.Tensor, tokens: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Hidden states and tokens of as many targets as may be looked at together, in nearly equal parts."""
     if not len(tokens):
         return

@@ -160,6 +160,7 @@ class KTO(Policy):
 
     def baselines(self, train: Rows, test: Rows) -> dict[str, dict[str, Any]]:
         """The length of the answer."""
+
         def lengths(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
             sizes = [float(len(e.value.answers[0])) for e in rows.examples]
             return np.asarray(sizes), np.asarray([e.label == GOOD for e in rows.examples])

@@ -122,7 +122,8 @@ PAIRS = Kind(
     columns={
         "text": _PROMPT,
         "text_pair": Column(
-            "the better answer; when a ranker is asked, the answer", ("chosen", "preferred", "accepted", "better"),
+            "the better answer; when a ranker is asked, the answer",
+            ("chosen", "preferred", "accepted", "better"),
             structured=True,
         ),
         "label": Column("the worse answer", ("rejected", "dispreferred", "worse"), structured=True),
@@ -133,9 +134,7 @@ PAIRS = Kind(
 JUDGED = Kind(
     columns={
         "text": _PROMPT,
-        "text_pair": Column(
-            "the answer", ("completion", "answer", "response", "output"), structured=True, asked=False
-        ),
+        "text_pair": Column("the answer", ("completion", "answer", "response", "output"), structured=True, asked=False),
         "label": Column("whether it is good: true or false", ("label", "desirable", "thumbs", "rating", "good")),
     },
     labels="class",

@@ -181,9 +181,7 @@ class Reranking(Task):
         """Summed over rows, or over candidates."""
         return self._losses(self.logits(model, batch), batch["labels"], batch["owner"], batch["first"]).sum()
 
-    def _losses(
-        self, scores: torch.Tensor, labels: torch.Tensor, owner: torch.Tensor, first: torch.Tensor
-    ) -> torch.Tensor:
+    def _losses(self, scores: torch.Tensor, labels: torch.Tensor, owner: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
         """What each candidate adds `[pairs]`."""
         if not self.pairwise:
             return F.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype), reduction="none")

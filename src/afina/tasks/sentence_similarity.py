@@ -120,9 +120,7 @@ class SentenceSimilarity(Task):
         """Whether there are scores, and the smallest and largest of the training rows."""
         everything = [*train, *others]
         if alone := [e.line for e in everything if not e.value or not e.value[1]]:
-            raise DataError(
-                f"there is no second text (line {shortened(alone, 5)}); name its column with data.text_pair"
-            )
+            raise DataError(f"there is no second text (line {shortened(alone, 5)}); name its column with data.text_pair")
         without = [e.line for e in everything if not e.label]
         wrong = sum(len(e.value) > 2 for e in train)
         if len(without) == len(everything):

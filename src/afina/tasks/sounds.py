@@ -171,7 +171,7 @@ class SoundTask(FileTask):
         if not self.learned.get("apart") or "attention_mask" not in heard:
             return model(**heard).logits.float()  # type: ignore[no-any-return]
         lengths = heard.pop("attention_mask").sum(1).tolist()
-        (name, sounds), = heard.items()
+        ((name, sounds),) = heard.items()
         if len(set(lengths)) == 1:
             return model(**{name: sounds}).logits.float()  # type: ignore[no-any-return]
         scores = [model(**{name: one[None, :length]}).logits[0] for one, length in zip(sounds, lengths, strict=True)]

@@ -69,7 +69,7 @@ def best_overlap(question: str, context: str) -> tuple[int, int]:
     asked = set(re.findall(r"\w+", question.casefold()))
     weight = [math.log(1 + len(words) / counts[word]) if word in asked else 0.0 for _, _, word in words]
     best, chosen = -1.0, (0, 0)
-    sentence = [len(re.findall(r"[.!?](?=\s)", context[: start])) for start, _, _ in words]
+    sentence = [len(re.findall(r"[.!?](?=\s)", context[:start])) for start, _, _ in words]
     first = 0
     while first < len(words):
         last = first

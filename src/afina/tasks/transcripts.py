@@ -54,8 +54,8 @@ def word_errors(right: str, answer: str) -> tuple[int, int]:
 
 
 def error_rates(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """"wer", "cer" of plain words and "wer_as_written", each over all words or characters; rows that say nothing are left
-    out."""
+    """Figures "wer" and "cer" of plain words and "wer_as_written", each over all words or characters; rows that say
+    nothing are left out."""
     import jiwer
 
     found = {}

@@ -208,4 +208,3 @@ class WritingTask(Task):
 def perplexity(loss: float) -> float:
     """What the loss per token amounts to: choosing among so many equally likely tokens."""
     return math.exp(min(loss, 700.0))
-

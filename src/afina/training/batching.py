@@ -21,9 +21,7 @@ __all__ = ["parts", "shuffled_batches", "sorted_batches", "stretches"]
 _POOL = 64  # batches in a pool
 
 
-def shuffled_batches(
-    lengths: Sequence[int], size: int, *, seed: int, epoch: int, tokens: int = 0
-) -> list[list[int]]:
+def shuffled_batches(lengths: Sequence[int], size: int, *, seed: int, epoch: int, tokens: int = 0) -> list[list[int]]:
     """Indices of the batches of one training epoch: `size` rows each, or as many as take `tokens` with their padding.
 
     A row longer than `tokens` is a batch of its own.

@@ -52,10 +52,10 @@ def find_model(name: str, *, pipeline: bool = False) -> ModelSource:
                 )
             said = f"model {name!r} is a folder without a {index}; it holds {shortened(here) or 'nothing'}"
             if other in here:
-                there = "model of transformers; a pipeline of diffusers is expected" if pipeline else (
-                    "pipeline of diffusers; a model of transformers is expected. Pipelines are trained by `afina dreambooth`"
-                )
-                said = f"model {name!r} is a {there}"
+                said = f"model {name!r} is a pipeline of diffusers; a model of transformers is expected. "
+                said += "Pipelines are trained by `afina dreambooth`"
+                if pipeline:
+                    said = f"model {name!r} is a model of transformers; a pipeline of diffusers is expected"
             raise ConfigError(said)
         return ModelSource(name, str(folder), name, pipeline)
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:

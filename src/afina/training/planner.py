@@ -153,9 +153,7 @@ class Planner:
         for p in trained:
             p.grad = None
 
-    def _trunk(
-        self, trace: Trace, model: Any, task: Task, rows: Batch, recipe: Recipe
-    ) -> tuple[str, list[nn.Module]]:
+    def _trunk(self, trace: Trace, model: Any, task: Task, rows: Batch, recipe: Recipe) -> tuple[str, list[nn.Module]]:
         """Pass as many rows as are read at once over the blocks that a run computes once a row (`fast_path`), without
         gradients; says what of that lies on the disk, and gives the blocks that are not computed in steps."""
         options, lists = recipe.training, [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]

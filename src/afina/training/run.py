@@ -17,7 +17,7 @@ from afina.data.divide import divided
 from afina.data.example import Example
 from afina.errors import ConfigError, DataError, MissingDependencyError, Problems, TrainingError, did_you_mean
 from afina.functions import get_peft_model
-from afina.memory.heap import large_tensors_apart, large_tensors_kept
+from afina.memory.heap import large_tensors_apart
 from afina.memory.loading import check_library
 from afina.memory.offload import check_offload
 from afina.memory.step import lean_step
@@ -169,7 +169,7 @@ def _prepared(
     task.storage = Storage.of(recipe.memory.weights, load_config(source))
     torch.manual_seed(seed)
     config.base_model_name_or_path = source.public_name
-    large_tensors_apart()  # what loading lets go is not kept for training
+    large_tensors_apart()  # what loading lets go goes back
     base = shared.base(task, source.path, (named, learned, recipe.memory.weights, seed))
     asked = spell("data.new_tokens") if recipe.data.new_tokens else "the tokenizer"
     notes = fit_embeddings(base, task.tokenizer, config, asked)
@@ -186,8 +186,6 @@ def _prepared(
         model, device, gradient_checkpointing=recipe.memory.gradient_checkpointing,
         activation_offload=recipe.memory.activation_offload, roomy=recipe.memory.roomy(device.type), spell=spell,
     )  # fmt: skip
-    if recipe.memory.roomy(device.type):
-        large_tensors_kept()
     notes += task.paths(model)
     recipe.resolve_method(model.peft_config["default"])
     everything = [e for examples in splits.values() for e in examples]

@@ -23,6 +23,7 @@ from afina.core.fingerprint import fingerprint
 from afina.data.divide import Divided
 from afina.data.example import Example
 from afina.errors import CheckpointError
+from afina.memory.heap import large_tensors_kept
 from afina.memory.measure import give_back
 from afina.model import PeftModel
 from afina.report.card import CARD, write_card
@@ -102,7 +103,8 @@ class Run:
         """Train, test, save, read back; returns what `metrics.json` holds. `engine`: one that is there already."""
         asked = self.recipe.distributed
         engine = engine or make_engine(self.precision, asked.engine, offload=asked.offload)
-        with told_of_lost_processes(engine), closing(engine):
+        roomy = self.recipe.memory.roomy(engine.device.type)
+        with large_tensors_kept(roomy), told_of_lost_processes(engine), closing(engine):
             return self._executed(engine, tell)
 
     def _executed(self, engine: Engine, tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

@@ -121,9 +121,7 @@ _RUNGS = (
     ),
     Rung(
         "weights in the host's memory",
-        lambda recipe, planner: (
-            planner.device == "cuda" and not recipe.distributed.offload and not planner.task.pipelines
-        ),
+        lambda recipe, planner: planner.device == "cuda" and not recipe.distributed.offload and not planner.task.pipelines,
         _offload,
         "deepspeed",
     ),
