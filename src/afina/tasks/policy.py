@@ -84,7 +84,7 @@ class Policy(CausalLM):
     # --- rows
 
     def encode(self, examples: Sequence[Example], max_length: int | None, limit: int) -> Encoded:
-        """Features "input_ids": the prompt with the first answer; "pair_ids": with the second; "answer_at": where both begin."""
+        """Of a row "input_ids": prompt and first answer; "pair_ids": prompt and second; "answer_at": where both begin."""
         assert self.prompts is not None
         texts = []
         for example in examples:

@@ -84,8 +84,8 @@ class Reward(Task):
     # --- rows
 
     def encode(self, examples: Sequence[Example], max_length: int | None, limit: int) -> Encoded:
-        """Features "input_ids" and, of a pair, "pair_ids": the prompt with the better and with the worse answer. The prompt is cut
-        where both are too long, from its beginning in a conversation."""
+        """Of a row "input_ids" and, of a pair, "pair_ids": the prompt with the better and with the worse answer. The prompt
+        is cut where both are too long, from its beginning in a conversation."""
         if alone := [e.line for e in examples if not e.value.answers or not e.value.answers[0].strip()]:
             raise DataError(f"there is no answer to be scored (line {alone[0]}); name its column with data.text_pair")
         pairs = [(e, answer) for e in examples for answer in (e.value.answers if e.label else e.value.answers[:1])]
