@@ -29,6 +29,7 @@ import contextlib
 import gc
 import io
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -373,7 +374,8 @@ WAYS: dict[str, Callable[[str, Path, Path], Sample]] = {
 
 def work(name: str, way: str, data: Path) -> None:
     """The process of one way: tells what it is going to do, then trains a sample for each line that it is sent."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # libraries print
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print, those of other processes too
 
     def tell(what: Any) -> None:
         print(json.dumps(what), file=answers, flush=True)
