@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/speed.py --data FOLDER
     OMP_NUM_THREADS=1 python benchmarks/speed.py --data FOLDER --only minilm --rounds 3
     python benchmarks/speed.py --markdown docs/benchmarks.md      render what was measured last; README.md: in short
+    python benchmarks/speed.py --output benchmarks/results/speed_fp32.json ...      another machine, with a table of its own
     python benchmarks/speed.py --data FOLDER --all        the other measures of speed as well, one after the other
 
 Four jobs, true architectures on real texts: MiniLM (trained weights) and GPT-2 small on SMS spam, BERT-base on 150 intents,
@@ -557,7 +558,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.markdown:
         shown = summary if options.markdown.name == "README.md" else render
-        put_into(options.markdown, "speed", shown(read_json(options.output)))
+        put_into(options.markdown, options.output.stem, shown(read_json(options.output)))
         return
     if options.data is None or not options.data.is_dir():
         parser.error("--data: the folder of real texts (see the beginning of this file)")
