@@ -186,15 +186,34 @@ def check_t35_what_does_not_run_is_told_and_done_without() -> None:
     ], way.said()
 
 
-def check_a_measurement_without_room_is_made_another_time() -> None:
+def check_without_room_to_measure_a_recomputed_pass_still_draws_the_same() -> None:
+    """There may be room by then."""
+
     def full(work: Any) -> float:
+        way.seconds = clock(1.0, 2.0)
         raise torch.OutOfMemoryError("full")
 
-    way = LoraDropout("cpu", full)
-    assert way.kept(torch.ones(7, 11), 4, 0.3)[0].dtype is torch.bool
-    assert not way.ways
-    way.seconds = clock(1.0, 2.0)
-    assert is_seed(way.kept(torch.ones(7, 11), 4, 0.3)[0])
+    found = []
+    for again in (False, True):
+        way = LoraDropout("cpu", full)
+        found.append(passed(way, torch.float32, again)[0])
+        assert not is_seed(way.kept(torch.ones(39, 29), 5, 0.3)[0])
+        assert [w.reason for w in way.ways.values()] == ["memory was too full to time the kernels"]
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def check_the_arithmetic_of_float32_is_as_torch_is_told() -> None:
+    """By the newer name or the older switch, of which torch lets only the newer be read once both were used."""
+    use, own, x = lora_dropout.kernels(), torch.backends.cuda.matmul, torch.ones(3, 5)
+    for fast in (True, False):
+        own.allow_tf32 = fast
+        assert use._arithmetic(x)["precision"] == ("tf32" if fast else "ieee")
+    if getattr(own, "fp32_precision", None) is not None:
+        for named in ("tf32", "ieee"):
+            own.fp32_precision = named
+            assert use._arithmetic(x)["precision"] == named
+            assert use._arithmetic(x.half())["precision"] == "ieee"
 
 
 def main() -> None:

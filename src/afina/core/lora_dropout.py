@@ -83,19 +83,18 @@ class LoraDropout:
         size = _Size(x.device, x.dtype, x.shape[1], rank, 1 << (len(x) - 1).bit_length())
         way = self.ways.get(size)
         if way is None:
-            captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-            way = None if captured else self._measured(x, rank, p)
-            if way is None:  # nothing could be measured
+            if x.is_cuda and torch.cuda.is_current_stream_capturing():  # nothing can be measured
                 return keep_mask(x, p)
-            self.ways[size] = way
+            way = self.ways[size] = self._measured(x, rank, p)
         self.met.add(size)
         if way.reason:
             return keep_mask(x, p)
         seed = torch.empty(1, dtype=torch.int64, device=x.device).random_()
         return (seed if way.seeded else kernels().keep_mask(seed, *x.shape, p)), keep_steps(p)[1]
 
-    def _measured(self, x: torch.Tensor, rank: int, p: float) -> _Way | None:
-        """Both ways timed on x as it is, without a draw from torch's generator; None where memory is too full for it."""
+    def _measured(self, x: torch.Tensor, rank: int, p: float) -> _Way:
+        """Both ways timed on x as it is, without a draw from torch's generator. What is found lasts, whatever it is: a pass
+        that is recomputed has to keep what the first kept."""
         seed = torch.ones(1, dtype=torch.int64, device=x.device)
         try:
             use = kernels()
@@ -120,7 +119,7 @@ class LoraDropout:
         except ImportError as error:
             return _Way(reason=f"Triton cannot be imported ({error})")
         except torch.OutOfMemoryError:
-            return None
+            return _Way(reason="memory was too full to time the kernels")
         except Exception as error:  # whatever a compiler, a driver or a full card may say: told, and done without
             return _Way(reason=f"the kernels do not run: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
 

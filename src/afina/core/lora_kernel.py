@@ -112,7 +112,9 @@ def _processors(device: torch.device) -> int:
 
 def _arithmetic(x: torch.Tensor) -> dict[str, Any]:
     """Of products: those of float32 as torch's own are set; those of bfloat16 are wrong in Triton's interpreter."""
-    fast = x.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    own = torch.backends.cuda.matmul
+    named = getattr(own, "fp32_precision", None)  # since torch 2.9, where the older switch raises once this one was set
+    fast = x.dtype is torch.float32 and (own.allow_tf32 if named is None else named == "tf32")
     return {"precision": "tf32" if fast else "ieee", "widen": x.dtype is torch.bfloat16 and _INTERPRETED}
 
 
