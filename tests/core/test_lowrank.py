@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 import afina
@@ -15,7 +17,7 @@ from afina.core.dropout import drop, keep_mask
 from afina.core.lowrank import LowRank, low_rank_linear
 from afina.core.report import passes
 
-SHAPES = [(5,), (3, 5), (0, 5), (2, 3, 5)]
+SHAPES = [(5,), (3, 5), (0, 5), (2, 3, 5), (0, 3, 5), (2, 0, 5)]
 
 
 def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -256,19 +258,86 @@ def test_layers_that_read_one_input_share_its_copy(monkeypatch: pytest.MonkeyPat
             return f(*args, **(kwargs or {}))
 
     x, weight, down, up = tensors((17, 5), (7, 5), (2, 5), (7, 2), dtype=torch.float32)
-    x, layer = x * 1.0, LowRank(weight.detach(), None, down, up, None, 0.7)
+    x, factors = x * 1.0, (down, down.detach().clone().requires_grad_())
+    layers = [LowRank(weight.detach(), None, factor, up, None, 0.7) for factor in factors]
     with torch.autocast("cpu", torch.bfloat16), Watched():
-        first, second = (low_rank_linear(x, layer, torch.bfloat16) for _ in range(2))
+        first, second = (low_rank_linear(x, layer, torch.bfloat16) for layer in layers)
         assert len(casts) == 1
         with torch.no_grad():
             x.mul_(2.0)  # the copy is of what x was
-        third = low_rank_linear(x, layer, torch.bfloat16)
+        third = low_rank_linear(x, layers[1], torch.bfloat16)
         assert len(casts) == 2
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     torch.testing.assert_close(third, 2 * first, rtol=0.02, atol=0.02)
     casts.clear()
     del x, first, second, third
     assert lowrank._last is None  # nothing is held for it
+
+
+@pytest.mark.parametrize("way", ["data", "numpy"])
+def test_a_buffer_that_is_filled_anew_past_its_version_is_read_anew(way: str) -> None:
+    """A pass reads what is there, also where one tensor is used for all batches."""
+    model, _ = adapted()
+    x = torch.randn(3, 5)
+    version = x._version
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+        if way == "data":
+            x.data.mul_(3.0)
+        else:
+            x.numpy()[:] *= 3.0
+        assert x._version == version
+        torch.testing.assert_close(model(x), model(x.clone()), rtol=0, atol=0)
+
+
+def test_under_autocast_an_input_may_come_from_inference_mode() -> None:
+    """As it may for a plain layer: what is kept is the copy."""
+    model, _ = adapted()
+    with torch.inference_mode():
+        x = torch.randn(3, 5)
+    found = []
+    for given in (x, x.clone()):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(given)
+        found.append(torch.autograd.grad(y.float().square().sum(), [p for p in model.parameters() if p.requires_grad]))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("second", [False, True])
+def test_backward_within_autocast_has_the_type_of_forward(second: bool, p: float) -> None:
+    """Where autocast is off in a part of a model, and backward is called where it is on."""
+    x, weight, down, up = tensors((2, 3, 5), (7, 5), (2, 5), (7, 2), dtype=torch.float32)
+    inputs, found = (x, down, up), []
+    for autocast in (False, True):
+        torch.manual_seed(0)
+        y = low_rank_linear(x, LowRank(weight.detach(), None, down, up, None, 0.7, p))
+        g = torch.ones_like(y)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found.append(torch.autograd.grad(y, inputs, g, create_graph=second))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script.:DeprecationWarning")  # torch's own, when it first derives forward
+def test_forward_derivatives_are_those_of_the_plain_formula() -> None:
+    model, base = adapted()
+    x, direction, adapter = torch.randn(3, 5), torch.randn(3, 5), base_of(model).adapters["default"]
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(model(forward_ad.make_dual(x, direction))).tangent
+    torch.testing.assert_close(found, direction @ (base.weight + adapter.delta_weight()).t())
+
+
+def test_a_thread_may_draw_first_in_inference_mode() -> None:
+    model, _ = adapted(lora_dropout=0.4)
+
+    def drawn() -> torch.Tensor:
+        with torch.inference_mode():
+            model.train()(torch.randn(3, 5))
+        torch.manual_seed(0)
+        return model(torch.ones(3, 5))  # type: ignore[no-any-return]
+
+    with ThreadPoolExecutor(1) as other:
+        torch.testing.assert_close(other.submit(drawn).result(), drawn(), rtol=0, atol=0)
 
 
 def test_a_transposed_layer_is_fused_too(calls: list[int]) -> None:

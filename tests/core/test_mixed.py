@@ -137,6 +137,20 @@ def test_under_autocast_it_is_close_and_masters_keep_their_type(names: list[str]
         assert float((one - other).norm() / other.norm()) < 0.05
 
 
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_backward_within_autocast_has_the_type_of_forward(p: float) -> None:
+    """Where autocast is off in a part of a model, and backward is called where it is on."""
+    model, names = adapted(lambda name: lora(name, lora_dropout=p), torch.float32), ["c", "a", BASE_ROW]
+    x, found = torch.randn(3, TOKENS, IN, requires_grad=True), []
+    for autocast in (False, True):
+        torch.manual_seed(0)
+        with rows(model, names):
+            y = model(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found.append(torch.autograd.grad(y, [x, *own(model, "a")], torch.ones_like(y)))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("order", ["runs of several lengths", "in no order"])
 def test_dropout_is_each_adapters_own(order: str) -> None:
     """The derivative of what was drawn, and rows of an adapter without dropout are as they are without."""

@@ -52,7 +52,8 @@ class _Source(threading.local):
         self.generator = np.random.SFC64(0)
         self.state: Any = self.generator.state
         self.words = self.state["state"]["state"]  # uint64 [4]: the seed and a counter
-        self.seed = torch.from_numpy(self.words[:3].view(np.int64))
+        with torch.inference_mode(False):  # or it could be written only where it was made
+            self.seed = torch.from_numpy(self.words[:3].view(np.int64))
 
     def bits(self, count: int) -> np.ndarray:
         """So many numbers of 64 bits, after a seed that torch's generator gives."""

@@ -18,18 +18,20 @@ from weakref import ref
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 from afina.core.lora_dropout import DROPOUT, is_seed, kernels
 
-__all__ = ["LowRank", "fused_dtype", "low_rank_linear"]
+__all__ = ["LowRank", "fused_dtype", "low_rank_linear", "would_cast"]
 
 _FEW = 256  # rows
 _SMALL = 1 << 20  # values of a weight
 
 Optional = torch.Tensor | None
 
-_last: tuple[ref[torch.Tensor], int, torch.Tensor] | None = None  # the input that was cast last, its version, and the copy
+# the input that was cast last, its version, the id of the factor of the layer that read it first, and the copy
+_last: tuple[ref[torch.Tensor], int, int, torch.Tensor] | None = None
 
 
 class LowRank(NamedTuple):
@@ -48,8 +50,8 @@ class LowRank(NamedTuple):
 
 def fused_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype | None:
     """The type to compute in, where the node may be used: the one of x and weight, or autocast's. None under what looks
-    into the graph (compiler, functorch)."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    into the graph (compiler, functorch, derivatives forward)."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return None
     device = "cpu" if x.is_cpu or x.is_meta else x.device.type
     if not torch.is_autocast_enabled(device):
@@ -59,13 +61,21 @@ def fused_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype | None:
     return dtype if x.dtype in known and weight.dtype in known else None
 
 
+def would_cast(factor: torch.Tensor) -> bool:
+    """Whether autocast, where backward runs within it, would compute in another type than forward did, that of `factor`."""
+    if not torch._C._is_any_autocast_enabled():
+        return False
+    device = factor.device.type
+    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is not factor.dtype
+
+
 def low_rank_linear(x: torch.Tensor, layer: LowRank, dtype: torch.dtype | None = None) -> torch.Tensor:
     """The output `[..., out]` for x `[..., in]`, computed in `dtype`, or that of x."""
     dtype = x.dtype if dtype is None else dtype
     if not torch.is_grad_enabled():
         return _compute(_in_type(x, dtype), *layer)[0]
     weight, bias, down, up, shift, scale, p = layer
-    return _apply(_shared(x, dtype), weight, bias, _in_type(down, dtype), _in_type(up, dtype), shift, scale, p)
+    return _apply(_shared(x, dtype, down), weight, bias, _in_type(down, dtype), _in_type(up, dtype), shift, scale, p)
 
 
 def _compute(
@@ -106,37 +116,45 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[Optional, ...]:
-        x, weight, down, up, z, kept = ctx.saved_tensors
-        into_x, _, into_bias, into_down, into_up, into_shift, *_ = ctx.needs_input_grad
-        dtype, strength = z.dtype, ctx.strength
-        rows = _flat(g)
-        drawn = is_seed(kept)
-        if drawn and torch.is_grad_enabled():  # for a second derivative the mask must be there
-            kept, drawn = kernels().keep_mask(kept, len(rows), down.shape[1], ctx.p), False
-        mask = None if kept is None or drawn else _number(kept, dtype)
-        seen: Any = None if x is None else _flat(x)
-        if mask is not None and x is not None:
-            seen = seen * mask
-        d_x = d_down = d_up = d_shift = None
-        if into_up:
-            if torch.is_grad_enabled():  # for a second derivative z must be part of the graph
-                z = seen.mm(down.t())
-            d_up = _scaled_product(z.t(), rows, up.t(), strength).t()
-        d_z = _scaled_product(rows, up, z, strength)
-        if into_down:
-            d_down = kernels().product_gradient(d_z, seen, kept, ctx.p) if drawn else d_z.t().mm(seen)
-        if into_x:
-            weight = _in_type(weight, dtype)
-            d_x = rows.mm(weight.t() if ctx.turned else weight)
-            if drawn:
-                kernels().add_product(d_x, d_z, down, kept, ctx.p)
-            else:
-                d_x = d_x.addmm_(d_z, down) if mask is None else d_x.addcmul_(d_z.mm(down), mask)
-            d_x = d_x if g.dim() == 2 else d_x.view(*g.shape[:-1], -1)
-        if into_shift:
-            d_shift = rows.sum(0, dtype=ctx.of_shift) * ctx.scale
-        d_bias = rows.sum(0, dtype=ctx.of_bias) if into_bias else None
-        return d_x, None, d_bias, d_down, d_up, d_shift, None, None
+        saved = ctx.saved_tensors
+        if would_cast(saved[2]):
+            with torch.autocast(g.device.type, enabled=False):
+                return _gradients(ctx, saved, g)
+        return _gradients(ctx, saved, g)
+
+
+def _gradients(ctx: Any, saved: tuple[Any, ...], g: torch.Tensor) -> tuple[Optional, ...]:
+    x, weight, down, up, z, kept = saved
+    into_x, _, into_bias, into_down, into_up, into_shift, *_ = ctx.needs_input_grad
+    dtype, strength = z.dtype, ctx.strength
+    rows = _flat(g)
+    drawn = is_seed(kept)
+    if drawn and torch.is_grad_enabled():  # for a second derivative the mask must be there
+        kept, drawn = kernels().keep_mask(kept, len(rows), down.shape[1], ctx.p), False
+    mask = None if kept is None or drawn else _number(kept, dtype)
+    seen: Any = None if x is None else _flat(x)
+    if mask is not None and x is not None:
+        seen = seen * mask
+    d_x = d_down = d_up = d_shift = None
+    if into_up:
+        if torch.is_grad_enabled():  # for a second derivative z must be part of the graph
+            z = seen.mm(down.t())
+        d_up = _scaled_product(z.t(), rows, up.t(), strength).t()
+    d_z = _scaled_product(rows, up, z, strength)
+    if into_down:
+        d_down = kernels().product_gradient(d_z, seen, kept, ctx.p) if drawn else d_z.t().mm(seen)
+    if into_x:
+        weight = _in_type(weight, dtype)
+        d_x = rows.mm(weight.t() if ctx.turned else weight)
+        if drawn:
+            kernels().add_product(d_x, d_z, down, kept, ctx.p)
+        else:
+            d_x = d_x.addmm_(d_z, down) if mask is None else d_x.addcmul_(d_z.mm(down), mask)
+        d_x = d_x if g.dim() == 2 else d_x.view(*g.shape[:-1], d_x.shape[1])
+    if into_shift:
+        d_shift = rows.sum(0, dtype=ctx.of_shift) * ctx.scale
+    d_bias = rows.sum(0, dtype=ctx.of_bias) if into_bias else None
+    return d_x, None, d_bias, d_down, d_up, d_shift, None, None
 
 
 # Function.apply less its search for functorch, which `fused_dtype` has done
@@ -153,20 +171,22 @@ def _in_type(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
-def _shared(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x in a type; one copy for layers that read the same x one after the other, and one sum of their gradients."""
+def _shared(x: torch.Tensor, dtype: torch.dtype, reader: torch.Tensor) -> torch.Tensor:
+    """x in a type; one copy for layers that read the same x one after the other, and one sum of their gradients. Where the
+    first of them, known by a factor of its own, reads again, a pass begins: x may hold other values, written past its
+    version by way of `.data` or numpy."""
     global _last
     if x.dtype is dtype:
         return x
-    if x.is_leaf and x.requires_grad:  # its copy would hold it
+    if (x.is_leaf and x.requires_grad) or x.is_inference():  # its copy would hold it; it has no version
         return x.to(dtype)
     last = _last
-    if last is not None and last[0]() is x and last[1] == x._version:
-        made = last[2]
+    if last is not None and last[0]() is x and last[1] == x._version and last[2] != id(reader):
+        made = last[3]
         if made.dtype is dtype and made.requires_grad is x.requires_grad:
             return made
     made = x.to(dtype)
-    _last = ref(x, _forget), x._version, made
+    _last = ref(x, _forget), x._version, id(reader), made
     return made
 
 

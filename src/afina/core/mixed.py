@@ -23,7 +23,7 @@ from torch.nn.functional import linear, pad
 
 from afina.core.adapter import Base, Scale
 from afina.core.dropout import drop, keep_mask
-from afina.core.lowrank import fused_dtype
+from afina.core.lowrank import fused_dtype, would_cast
 from afina.core.runtime import Rows
 
 __all__ = ["Factored", "Factors", "forward_together", "told"]
@@ -250,28 +250,36 @@ class _MixedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[Any, ...]:
-        x, weight, down, up, scale, z, kept = ctx.saved_tensors
-        layout, needed = ctx.layout, ctx.needs_input_grad[5:]
-        g = g.to(ctx.dtype)
-        g_units = _units(g, layout.units)
-        d_z = g_units.bmm(up)
-        mask = None if kept is None else _number(kept, g)
-        d_x, d_pairs = None, [None] * len(needed)
-        if any(needed):
-            units = _units(x, layout.units)
-            d_downs = layout.own(d_z.mT.bmm(units if mask is None else units * mask).to(scale.dtype), 0)
-            d_ups = layout.own(g_units.mT.bmm(z).to(scale.dtype), 1, scale)
-            d_pairs = [d if wanted else None for d, wanted in zip([*d_downs, *d_ups], needed, strict=True)]
-        if ctx.needs_input_grad[0]:
-            weight = weight.to(ctx.dtype)
-            d_x = g.matmul(weight.t() if ctx.turned else weight)
-            d_units = _units(d_x, layout.units)
-            if mask is None:
-                d_units.baddbmm_(d_z, down)
-            else:
-                d_units.addcmul_(d_z.bmm(down), mask)
-            d_x = d_x.to(ctx.of_x)
-        return d_x, None, None, None, None, *d_pairs
+        saved = ctx.saved_tensors
+        if would_cast(saved[2]):
+            with torch.autocast(g.device.type, enabled=False):
+                return _gradients(ctx, saved, g)
+        return _gradients(ctx, saved, g)
+
+
+def _gradients(ctx: Any, saved: tuple[Any, ...], g: torch.Tensor) -> tuple[Any, ...]:
+    x, weight, down, up, scale, z, kept = saved
+    layout, needed = ctx.layout, ctx.needs_input_grad[5:]
+    g = g.to(ctx.dtype)
+    g_units = _units(g, layout.units)
+    d_z = g_units.bmm(up)
+    mask = None if kept is None else _number(kept, g)
+    d_x, d_pairs = None, [None] * len(needed)
+    if any(needed):
+        units = _units(x, layout.units)
+        d_downs = layout.own(d_z.mT.bmm(units if mask is None else units * mask).to(scale.dtype), 0)
+        d_ups = layout.own(g_units.mT.bmm(z).to(scale.dtype), 1, scale)
+        d_pairs = [d if wanted else None for d, wanted in zip([*d_downs, *d_ups], needed, strict=True)]
+    if ctx.needs_input_grad[0]:
+        weight = weight.to(ctx.dtype)
+        d_x = g.matmul(weight.t() if ctx.turned else weight)
+        d_units = _units(d_x, layout.units)
+        if mask is None:
+            d_units.baddbmm_(d_z, down)
+        else:
+            d_units.addcmul_(d_z.bmm(down), mask)
+        d_x = d_x.to(ctx.of_x)
+    return d_x, None, None, None, None, *d_pairs
 
 
 def _runs(values: Sequence[float]) -> Iterator[tuple[float, int, int]]:
