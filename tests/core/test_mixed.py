@@ -137,6 +137,19 @@ def test_under_autocast_it_is_close_and_masters_keep_their_type(names: list[str]
         assert float((one - other).norm() / other.norm()) < 0.05
 
 
+def test_what_the_layer_returns_may_be_written_into() -> None:
+    """As wav2vec2 does where padding is."""
+    model, names = adapted(lora), ["c", "a", BASE_ROW]
+    x, found = torch.randn(3, TOKENS, IN, dtype=torch.float64, requires_grad=True), []
+    layer = model.base_model.model.one
+    with rows(model, names):
+        for own_tensor in (False, True):
+            y = layer(x).clone() if own_tensor else layer(x)
+            y[1, 1:] = 0.0
+            found.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.adapters["a"].parameters()])])
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.4])
 def test_backward_within_autocast_has_the_type_of_forward(p: float) -> None:
     """Where autocast is off in a part of a model, and backward is called where it is on."""

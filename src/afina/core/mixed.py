@@ -245,7 +245,7 @@ class _MixedLinear(torch.autograd.Function):
             ctx.turned = isinstance(weight._base, torch.nn.Parameter)
             frozen = weight._base if ctx.turned else weight  # engines that free a parameter in between know it, not its view
             ctx.save_for_backward(x, frozen if ctx.needs_input_grad[0] else None, down, up, scale, z, kept)
-        return y
+        return y.data  # no view of another tensor: a model may write into what its layer returns
 
     @staticmethod
     @once_differentiable
