@@ -130,7 +130,8 @@ class Problems:
         if len(self.found) == 1:
             raise error(f"{self.subject}: {self.found[0]}{after}")
         if self.found:
-            raise error(f"{self.subject}: {len(self.found)} problems\n" + "\n".join(f"  - {p}" for p in self.found) + after)
+            listed = ["  - " + problem.replace("\n", "\n    ") for problem in self.found]
+            raise error(f"{self.subject}: {len(self.found)} problems\n" + "\n".join(listed) + after)
 
 
 def did_you_mean(typed: str, known: Iterable[str], *, count: int = 3) -> str:

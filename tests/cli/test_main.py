@@ -59,6 +59,33 @@ def test_unknown_method(afina, places):
     assert "--method: method 'laro' is not known. Did you mean 'lora'" in said.err
 
 
+def test_a_file_of_rows_without_its_option(afina, places):
+    rows = places / "rows.csv"
+    assert f"a file or folder of rows is given as data.file={rows}" in afina("train", rows, "--epochs", "3").err
+
+
+def test_problems_within_a_problem_stand_below_it(afina):
+    said = afina("train", "r=0", "lora_dropout=7").err
+    assert "  - LoraConfig: 2 problems\n      - r=0: expected" in said
+
+
+def test_a_choice_is_listed_once(afina):
+    said = afina("train", "training.packing=yes").err
+    assert "training.packing='yes': expected one of 'auto', 'on', 'off'.\n" in said
+
+
+def test_output_that_cannot_be_made(afina, places, tmp_path):
+    """Told before anything is loaded where that can be seen; by the system, in its words, elsewhere."""
+    words = "--data", places / "rows.csv", "--text", "message", "--label", "label"
+    below = places / "rows.csv" / "run"
+    said = afina("train", *words, "--model", places / "base", "--output", below)
+    assert (said.code, said.out) == (1, "")
+    assert f"--output {below}: {places / 'rows.csv'} is a file; give a folder that can be made" in said.err
+    said = afina("prepare", *words, "--output", below)
+    assert said.code == 1
+    assert f"{below}: Not a directory. Give a file or folder that is there" in said.err
+
+
 def test_a_bug_is_one_line_too(afina, monkeypatch):
     monkeypatch.setattr("afina.core.registry.methods", lambda: 1 / 0)
     said = afina("methods")
@@ -71,3 +98,9 @@ def test_a_file_that_is_no_run(afina, tmp_path):
     assert "no run folder" in afina("predict", tmp_path / "none", "--text", "x").err
     assert "no finished run" in afina("predict", tmp_path, "--text", "x").err
     assert "nothing to answer" in afina("predict", tmp_path).err
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "recipe.yaml").write_text("model: minilm\n")
+    (tmp_path / "metrics.json").write_text("{")
+    said = afina("predict", tmp_path, "--text", "x").err
+    assert "metrics.json is broken (JSONDecodeError" in said
+    assert "`afina train ... --resume` writes it again" in said

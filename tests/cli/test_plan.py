@@ -56,6 +56,15 @@ def test_problems_are_told_together(afina, recipe):
         assert part in said.err, part
 
 
+def test_keys_are_named_as_they_are_typed_to_plan(afina, tmp_path):
+    """Which has no --max-length and no --data."""
+    said = afina("plan", "training.learning_rate=nan", "memory.limit=much")
+    assert said.code == 1
+    for part in ("training.max_length is missing: without data.file", "training.learning_rate=nan: expected a finite number",
+                 "--memory: 'much' is no amount"):  # fmt: skip
+        assert part in said.err, part
+
+
 def test_training_chooses_the_settings_that_fit_and_writes_them_down(afina, places, tmp_path):
     from afina.memory.measure import resident
 

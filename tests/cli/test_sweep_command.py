@@ -70,6 +70,9 @@ def test_finished_points_are_not_trained_again(swept, places, afina, tmp_path):
     assert (folder / "02" / "metrics.json").stat().st_mtime_ns == before
     other = afina(*started(places, folder), "--grid", "learning_rate=1e-3,2e-2", "--resume")
     assert "holds another sweep, of 3 points" in other.err
+    longer = afina(*words, "--epochs", "3", "--resume")
+    assert longer.code == 1
+    assert "holds a sweep of another recipe: training.epochs was 1 and is 3. Type what it was started with" in longer.err
 
 
 def test_everything_wrong_with_a_grid_is_told_together(places, afina, tmp_path):
@@ -113,6 +116,13 @@ def test_parts_of_a_slurm_array(places, afina, tmp_path, monkeypatch):
     assert _share("slurm", Problems("")) == (3, 4)
     monkeypatch.delenv("SLURM_ARRAY_TASK_COUNT")
     assert "are not set" in afina(*started(places, tmp_path / "x"), "--grid", "r=1,2", "--array", "slurm").err
+
+
+def test_a_cluster_that_is_not_reached_leaves_no_folder(places, afina, tmp_path):
+    said = afina(*started(places, tmp_path / "x"), "--grid", "r=1,2", "--ray", "127.0.0.1:1")
+    assert said.code == 1
+    assert "--ray" in said.err
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_sweep_on_ray(places, afina, tmp_path):

@@ -233,3 +233,18 @@ def test_a_browser_opens_it_without_errors_or_requests(tmp_path):
     assert "<script" not in said.stdout
     page = Page(path.read_text(encoding="utf-8"))
     assert not [a for _, a in page.tags if str(a.get("src") or a.get("href") or "").startswith(("http", "//", "file"))]
+
+
+def test_axes_hold_no_share_above_one_and_no_half_of_what_is_counted():
+    from afina.report.charts import Line, bars, chart
+
+    def numbers(drawn):
+        return [float(text) for text in re.findall(r"<text[^>]*>([-0-9.]+)</text>", str(drawn))]
+
+    for value in (1.0, 0.37, 0.0, -2.5):
+        drawn = numbers(chart("shares", [Line("a", [(0, value), (3, value)])], described=""))
+        assert value in drawn
+        assert max(drawn) <= max(value, 3.0)
+    assert all(n == round(n) for n in numbers(chart("steps", [Line("a", [(1, 0.0), (2, 7.0)])], described="")))
+    assert all(n == round(n) for n in numbers(bars("tokens", [40, 41, 42], [1, 1], x_name="tokens", described="")))
+    assert 0.4 in numbers(bars("seconds", [0, 0.5, 1], [3, 4], x_name="seconds", described=""))

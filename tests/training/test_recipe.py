@@ -66,6 +66,29 @@ def test_limits_and_unknown_options_together():
     assert "<method.rnk> is no option of lora. Did you mean" in text
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_number_may_be_other_than_finite(value):
+    """No comparison finds a NaN, so no limit does."""
+    recipe, asked = Recipe(), []
+    for section in ("training", "data", "data.clean"):
+        options = recipe.data.clean if section == "data.clean" else getattr(recipe, section)
+        for f in dataclasses.fields(options):
+            if str(f.type).startswith("float"):
+                setattr(options, f.name, value)
+                asked.append(f"{section}.{f.name}")
+    problems = Problems("recipe")
+    recipe.check(problems)
+    assert len(asked) > 7
+    for name in asked:
+        assert f"{name}={value}: expected a finite number" in problems.found
+    for method in methods().values():
+        needed = {k: v for k, v in NEEDED.items() if k in {f.name for f in dataclasses.fields(method.config)}}
+        for f in dataclasses.fields(method.config):
+            if str(f.type) == "float":
+                with pytest.raises(ConfigError, match=f"{f.name}={value}: expected a finite number"):
+                    method.make_config(**needed, **{f.name: value})
+
+
 def test_what_python_gives_is_read_as_what_a_file_gives():
     training = TrainingOptions(epochs="many", warmup="0.2")
     recipe = Recipe(data=DataOptions(label=None, text=7), training=training, memory=None)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -13,7 +14,7 @@ from afina.errors import Problems, did_you_mean
 if TYPE_CHECKING:
     from afina.training.recipe import Recipe
 
-__all__ = ["PLACES", "assemble", "method_options", "section_options", "typed_as"]
+__all__ = ["PLACES", "assemble", "method_options", "section_options", "typed_as", "typed_in"]
 
 # option -> where the recipe keeps it
 PLACES = {
@@ -31,6 +32,12 @@ TYPED = {place: f"--{option.replace('_', '-')}" for option, place in PLACES.item
 def typed_as(place: str) -> str:
     """How a key of the recipe is typed on the command line."""
     return TYPED.get(place, place)
+
+
+def typed_in(command: Callable[..., Any]) -> Callable[[str], str]:
+    """The same for a command that has some of the options alone; the other keys are typed to it as KEY=VALUE."""
+    own = set(inspect.signature(command).parameters)
+    return lambda place: typed_as(place) if TYPED.get(place, "")[2:].replace("-", "_") in own else place
 
 
 def method_options(typed: Sequence[str], config: Any, name: str, problems: Problems) -> dict[str, Any]:
@@ -78,6 +85,9 @@ def assemble(given: dict[str, Any], arguments: list[str], problems: Problems) ->
             setattr(target, key, parse_value(value, hint) if hint == int | str else value)
     words = [a for a in arguments if a not in files]
     words = section_options(words, recipe, problems)
+    for word in [word for word in words if "=" not in word and Path(word).exists()]:
+        problems.add(f"{word!r} is not understood; a file or folder of rows is given as data.file={word}")
+        words.remove(word)
     chosen = methods().get(str(recipe.method["name"]))
     if chosen is not None:  # else its name is a problem that the recipe's own check tells
         recipe.method.update(method_options(words, chosen.config, chosen.name, problems))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from afina.cli.assignments import assemble, typed_as
+from afina.cli.assignments import assemble, typed_in
 from afina.cli.launch import command_again
 from afina.cli.plan import planned
 from afina.cli.preview import show_plan
@@ -138,7 +138,7 @@ def dreambooth(
 
 def spelled(place: str) -> str:
     """How a key of the recipe is typed here."""
-    return _TYPED.get(place) or typed_as(place)
+    return _TYPED.get(place) or typed_in(dreambooth)(place)
 
 
 def dreambooth_recipe(

@@ -71,6 +71,9 @@ def options(
     """Options that come before the command."""
 
 
+_UNEXPECTED = "This was not expected; with --debug the command shows where it happened."
+
+
 def main() -> None:
     """Run a command; what the user can mend is printed as one message, and the exit code is 1."""
     debug = "--debug" in sys.argv
@@ -84,9 +87,15 @@ def main() -> None:
         if isinstance(error, LostProcessError) and error.told:
             sys.exit(LOST)
         fail(str(error), LOST if isinstance(error, LostProcessError) else 1)
+    except OSError as error:
+        if debug:
+            raise
+        if error.filename is None or error.strerror is None:  # of a library, in its own words
+            fail(f"{type(error).__name__}: {error}\n{_UNEXPECTED}")
+        fail(f"{error.filename}: {error.strerror}. Give a file or folder that is there and may be read and written")
     except KeyboardInterrupt:
         fail("stopped")
     except Exception as error:
         if debug:
             raise
-        fail(f"{type(error).__name__}: {error}\nThis was not expected; with --debug the command shows where it happened.")
+        fail(f"{type(error).__name__}: {error}\n{_UNEXPECTED}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from afina.cli.assignments import assemble, typed_as
+from afina.cli.assignments import assemble, typed_in
 from afina.cli.show import console, fail, heading, pairs, quiet, table
 
 if TYPE_CHECKING:
@@ -42,14 +42,13 @@ def plan(
 
     problems = Problems("afina plan")
     recipe = assemble({"memory": memory} if memory is not None else {}, arguments, problems)
-    planned(recipe, device, processes, as_json, problems)
+    planned(recipe, device, processes, as_json, problems, typed_in(plan))
 
 
 def planned(
-    recipe: Recipe, device: str | None, processes: int, as_json: bool, problems: Problems,
-    typed: Callable[[str], str] = typed_as,
+    recipe: Recipe, device: str | None, processes: int, as_json: bool, problems: Problems, typed: Callable[[str], str],
 ) -> None:  # fmt: skip
-    """Plan a recipe and show it; exits with 1 where it does not fit into its limit."""
+    """Plan a recipe and show it; exits with 1 where it does not fit into its limit. `typed`: how keys are typed."""
     from afina.memory.devices import DEVICES
     from afina.training.plan import planner_for
     from afina.training.within_limit import within_limit

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from afina.cli.show import console, quiet, table
+from afina.report.words import counted
 
 __all__ = ["predict"]
 
@@ -138,7 +139,9 @@ def predict(
         most = trained.recipe.training.max_length
         console(stderr=True).print(said_of + (f" at {most} tokens" if most else ""), markup=False)
     if len(full) < len(examples):
-        console(stderr=True).print(f"{len(examples) - len(full)} empty texts were not answered", markup=False)
+        empty = len(examples) - len(full)
+        were = "was" if empty == 1 else "were"
+        console(stderr=True).print(f"{counted(empty, 'empty text')} {were} not answered", markup=False)
 
 
 def _short(title: str, value: str) -> str:

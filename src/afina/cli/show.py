@@ -47,8 +47,9 @@ def pairs(values: Mapping[str, Any], indent: int = 2) -> None:
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[str] = ()) -> None:
     """A table on a terminal; elsewhere plain lines with the columns below each other."""
     out = console()
+    columns, right = [_line(name) for name in columns], [_line(name) for name in right]
     if not out.is_terminal:
-        cells: list[list[str]] = [[str(cell) for cell in row] for row in (columns, *rows)]
+        cells = [columns, *([_line(cell) for cell in row] for row in rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         for line in cells:
             fields = zip(line, widths, columns, strict=True)
@@ -64,6 +65,11 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Seque
     for row in rows:
         made.add_row(*(Text(str(cell)) for cell in row))
     out.print(made, soft_wrap=False)
+
+
+def _line(cell: Any) -> str:
+    """A label or a text may have several."""
+    return " ".join(str(cell).splitlines())
 
 
 def quiet() -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from afina.cli.assignments import PLACES, assemble, typed_as
+from afina.cli.assignments import PLACES, assemble, typed_in
 from afina.cli.preview import show_plan
 from afina.cli.show import console, heading, quiet, table
 
@@ -108,8 +108,10 @@ def sweep(
     if ray is not None and not dry_run:
         from afina.sweep.on_ray import train_on_ray
 
-        write_points(output, points, {"grid": varied})
-        train_on_ray(_without(sys.argv[1:], "--ray", "--parts"), ray, parts, len(points), console().print)
+        train_on_ray(
+            _without(sys.argv[1:], "--ray", "--parts"), ray, parts, len(points), console().print,
+            lambda: write_points(output, points, {"grid": varied}),
+        )  # fmt: skip
         show_found(output, results_of(output, points))
         return
     own = points if share is None else points[len(points) * (share[0] - 1) // share[1] : len(points) * share[0] // share[1]]
@@ -136,8 +138,8 @@ def _train(
     done = f", {len(own) - len(left)} finished before" if len(left) < len(own) else ""
     out.print(f"  {len(points)} points{part}{done}")
     if left:
-        common = Common()
-        groups, shown, notes = check_points(left, common, typed_as)
+        common, typed = Common(), typed_in(sweep)
+        groups, shown, notes = check_points(left, common, typed)
         for note in notes:
             out.print(f"  {note}", markup=False)
         out.print(f"\nThe first point, {left[0]}:", markup=False)
@@ -166,7 +168,7 @@ def _train(
 
         try:
             train_points(
-                output, len(points), groups, common, together=together, spell=typed_as,
+                output, len(points), groups, common, together=together, spell=typed,
                 say=lambda text: out.print(f"  {text}", markup=False), tell=tell, over=over,
             )  # fmt: skip
         except StoppedError as stop:

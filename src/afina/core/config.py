@@ -12,6 +12,7 @@ import dataclasses
 import enum
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -79,10 +80,12 @@ def check_limits(options: Any, problems: Problems, spell: Callable[[str], str] =
             setattr(options, f.name, value)
         choices = limits.get("choices")
         if choices is not None and value not in choices:
-            problems.add(
-                f"{spell(f.name)}={value!r}: expected one of {', '.join(map(repr, choices))}."
-                + did_you_mean(str(value), [str(c) for c in choices if isinstance(c, str)])
-            )
+            near = did_you_mean(str(value), [str(c) for c in choices if isinstance(c, str)])
+            near = near if near.startswith(" Did") else ""  # all that are known stand there already
+            problems.add(f"{spell(f.name)}={value!r}: expected one of {', '.join(map(repr, choices))}.{near}")
+        if isinstance(value, float) and not math.isfinite(value):  # which no comparison finds
+            problems.add(f"{spell(f.name)}={value!r}: expected a finite number")
+            continue
         for limit, wrong in ((limits.get("low"), "at least"), (limits.get("high"), "at most")):
             if limit is None or value is None:
                 continue

@@ -90,7 +90,11 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is broken or not a safetensors file: {error}") from None
+        size = f"{path.stat().st_size:,} bytes" if path.is_file() else "no file"
+        raise CheckpointError(
+            f"{path} ({size}) is broken or not a safetensors file: {error}. It was not written or copied to its end: "
+            "copy it again, or train again with the run's recipe.yaml"
+        ) from None
 
 
 def cache_folder(name: str) -> Path | None:

@@ -55,6 +55,11 @@ def _ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [i * step for i in range(first, max(last, first + 1) + 1)]
 
 
+def _whole(ticks: Sequence[float], values: Sequence[float]) -> list[float]:
+    """Of what is counted (steps, tokens, rows) only whole numbers."""
+    return [tick for tick in ticks if tick == round(tick) or any(value != round(value) for value in values)]
+
+
 def _plain(value: float) -> str:
     return f"{value:.6g}"
 
@@ -115,9 +120,11 @@ def chart(
     if not points:
         return el("figure", el("figcaption", title), el("p", "nothing was logged", class_="note"))
     low, high = min(y for _, y in points), max(y for _, y in points)
-    ys = _ticks(0.0 if zero else low, high if high > low or zero else low + (abs(low) or 1.0) * 0.1)
+    if high == low and not zero:  # room below, as of shares there is none above 1
+        low, high = (low * 0.9, high) if low > 0 else (low, high + (abs(high) or 1.0) * 0.1)
+    ys = _ticks(0.0 if zero else low, high)
     last = max(x for x, _ in points)
-    xs = [x for x in _ticks(0, last) if x < last * 0.93] + [last]
+    xs = _whole([x for x in _ticks(0, last) if x < last * 0.93] + [last], [x for x, _ in points])
     drawn, at_x, at_y = _frame(xs, ys, x_name, show)
     if mark is not None:
         x = at_x(mark[0])
@@ -176,11 +183,11 @@ def bars(
     marked: str = "",
 ) -> Markup:
     """A histogram: `counts` between neighbouring `edges`; `mark` is a place on the x axis and `marked` what it means."""
-    ys = _ticks(0, max(counts, default=0) or 1)
+    ys = _whole(_ticks(0, max(counts, default=0) or 1), counts)
     low, high = edges[0], max(edges[-1], mark or edges[-1])
     xs = [x for x in _ticks(low, high) if low <= x <= high] or [low]
     xs = [low, *(x for x in xs if x > low + (high - low) * 0.04)]
-    xs = [*(x for x in xs if x < high - (high - low) * 0.04), high]
+    xs = _whole([*(x for x in xs if x < high - (high - low) * 0.04), high], edges)
     drawn, at_x, at_y = _frame(xs, ys, x_name, lambda y: f"{y:,.6g}")
     for left, right, count in zip(edges, edges[1:], counts, strict=False):
         if count:

@@ -19,10 +19,14 @@ __all__ = ["train_on_ray"]
 _LINES = 12  # of what a part that failed had said last
 
 
-def train_on_ray(words: Sequence[str], address: str, parts: int | None, points: int, say: Callable[[str], Any]) -> None:
+def train_on_ray(
+    words: Sequence[str], address: str, parts: int | None, points: int, say: Callable[[str], Any],
+    begin: Callable[[], None] = lambda: None,
+) -> None:  # fmt: skip
     """Run the command `words` in `parts` parts (None: one a GPU, else one a machine), and wait for all.
 
-    `address`: of a cluster; `auto`: of the one this machine is in; `local`: one that is started here for as long.
+    `address`: of a cluster; `auto`: of the one this machine is in; `local`: one that is started here for as long. `begin` is
+    called once there is one.
     Raises TrainingError with the last words of each part that failed, once all have ended.
     """
     try:
@@ -35,6 +39,7 @@ def train_on_ray(words: Sequence[str], address: str, parts: int | None, points: 
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise TrainingError(f"--ray {address}: no cluster could be reached ({str(error).splitlines()[0]})") from error
     try:
+        begin()
         found = ray.cluster_resources()
         machines, gpus = len([n for n in ray.nodes() if n["Alive"]]), int(found.get("GPU", 0))
         count = min(points, parts or gpus or machines)

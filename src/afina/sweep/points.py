@@ -1,11 +1,13 @@
 """The points of a sweep, as they lie in its folder: what each changes, whether it is finished, what it found.
 
-`sweep.json` says what the points are and is the same in every process of the sweep. Everything else is read from the run
-folders, so several processes or machines can train parts of one sweep, and what is there can be read at any time.
+`sweep.json` says what the points are, with the recipe of the first, so that points of other recipes are never put beside
+them, and is the same in every process of the sweep. Everything else is read from the run folders, so several processes or
+machines can train parts of one sweep, and what is there can be read at any time.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -65,7 +67,8 @@ class Found:
 
 def write_points(sweep: Path, points: Sequence[Point], about: Mapping[str, Any]) -> None:
     """Write `sweep.json`."""
-    text = json.dumps({**about, "points": [point.values for point in points]}, indent=2, ensure_ascii=False) + "\n"
+    content = {**about, "points": [point.values for point in points], "recipe": _settings(points[0])}
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     sweep.mkdir(parents=True, exist_ok=True)
     write_atomically(sweep / SWEEP, lambda beside: beside.write_text(text, encoding="utf-8"))
 
@@ -98,6 +101,26 @@ def check_folder(sweep: Path, points: Sequence[Point], *, resume: bool, part: bo
             f"{sweep} holds another sweep, of {len(there)} points, the first of them {Point(1, there[0])}; type the grid it "
             "was started with, or take another folder"
         )
+    known, now = json.loads((sweep / SWEEP).read_text(encoding="utf-8")).get("recipe", {}), _settings(points[0])
+    wrong = [f"{key} was {known[key]!r} and is {now[key]!r}" for key in known if key in now and known[key] != now[key]]
+    if wrong:
+        raise ConfigError(
+            f"{sweep} holds a sweep of another recipe: {'; '.join(wrong)}. Type what it was started with, or take another "
+            "folder"
+        )
+
+
+def _settings(point: Point) -> dict[str, Any]:
+    """Every key of its recipe, as a file holds it: `training.epochs` and its value."""
+    found: dict[str, Any] = {}
+    parts = [("", dataclasses.asdict(recipe_of(point)))]
+    for above, values in parts:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                parts.append((f"{above}{key}.", value))
+            else:
+                found[f"{above}{key}"] = value
+    return found
 
 
 def results_of(sweep: Path, points: Sequence[Point]) -> list[Found]:

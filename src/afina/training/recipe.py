@@ -321,7 +321,8 @@ def read_recipe(path: Path) -> Recipe:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
+        there = [p.name for p in path.parent.glob("[!.]*.y*ml")] if path.parent.is_dir() else []
+        near = did_you_mean(path.name, there)
         raise ConfigError(f"there is no recipe {path}.{near} Paths are read from the folder the command runs in") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None

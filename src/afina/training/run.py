@@ -5,6 +5,7 @@ All that can be known before is found out and checked, and told together; the co
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -212,8 +213,14 @@ def _sides(splits: Mapping[str, list[Example]], encoded: Encoded) -> dict[str, R
 
 
 def _check_output(output: Path, problems: Problems, *, overwrite: bool, resume: bool) -> None:
+    above = next((folder for folder in output.absolute().parents if folder.exists()), output)
     if output.is_file():
         problems.add(f"--output {output} is a file; give a folder")
+    elif not above.is_dir():
+        problems.add(f"--output {output}: {above} is a file; give a folder that can be made")
+    elif not os.access(output if output.is_dir() else above, os.W_OK | os.X_OK):
+        found = output if output.is_dir() else above
+        problems.add(f"--output {output}: {found} may not be written to; give a folder of your own")
     elif resume and not (output / "checkpoints").is_dir():
         problems.add(f"--resume: {output} holds no run with checkpoints; leave --resume out to start one")
     elif output.is_dir() and any(output.iterdir()) and not resume:

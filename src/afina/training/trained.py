@@ -61,7 +61,11 @@ class TrainedRun:
                 f"--output of `afina train`{again}"
             )
         recipe = read_recipe(folder / "recipe.yaml")
-        settings = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["task"]
+        try:
+            settings = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["task"]
+        except (ValueError, KeyError, TypeError) as error:
+            cure = "`afina train ... --resume` writes it again from the last checkpoint"
+            raise CheckpointError(f"{folder / 'metrics.json'} is broken ({type(error).__name__}: {error}); {cure}") from None
         made = find_task(settings["name"])
         source = find_model(recipe.model, pipeline=made.pipelines)
         processor = load_processor(source, made.processor_kind, folder / "adapter")
