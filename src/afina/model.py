@@ -105,6 +105,13 @@ class PeftModel(AdapterMerging):
     def __reduce__(self) -> Any:
         return _rebuild, (_plain(type(self)), type(self.get_base_model())), self.__dict__
 
+    def _replicate_for_data_parallel(self) -> Any:
+        raise ConfigError(
+            "nn.DataParallel copies a model in every step by copying its modules' attributes, and copies of adapters would "
+            "follow the switches of their original. Start one process for each GPU instead (torchrun --nproc-per-node=N, "
+            "accelerate launch, afina train --processes N), or show this process one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

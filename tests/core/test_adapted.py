@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 import afina
+from afina.errors import ConfigError
 
 
 class Odd(nn.Module):
@@ -60,3 +62,9 @@ def test_the_spam_recipe_of_the_book_trains_the_last_block_the_final_norm_and_th
     adapted = afina.get_peft_model(model, afina.LastLayersConfig(task_type="SEQ_CLS"))
     assert adapted.adapters.injected["default"].saved == ["transformer.h.11", "transformer.ln_f", "score"]
     assert adapted.get_nb_trainable_parameters()[0] == 7_087_872 + 1_536 + 2 * 768
+
+
+def test_copies_for_data_parallel_are_refused_with_what_to_do_instead() -> None:
+    model = afina.get_peft_model(Odd(), afina.LoraConfig(target_modules=["inner"]))
+    with pytest.raises(ConfigError, match="one process for each GPU"):
+        model._replicate_for_data_parallel()  # what torch.nn.parallel.replicate calls
