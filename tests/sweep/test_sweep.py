@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+import random
 
 import pytest
 import torch
 import torch.nn.functional as F
+from document_bases import SIZE, form, save_base
 from language_bases import save
 from tiny_bases import save_bert, save_gpt2, write_rows
 
@@ -15,7 +18,7 @@ from afina.core.files import read_weights
 from afina.errors import TrainingError
 from afina.fast.trunk import Trunk
 from afina.sweep import joined
-from afina.sweep.common import Common
+from afina.sweep.common import Common, _sum
 from afina.sweep.points import Point, best_of, results_of
 from afina.sweep.sweep import check_points, train_points
 from afina.training.recipe import DataOptions, Recipe, TrainingOptions
@@ -130,8 +133,10 @@ def test_last_blocks_share_a_trunk_one_after_another(bases, tmp_path, monkeypatc
     compare(run_alone, tmp_path, points)
 
 
-def test_a_base_that_was_written_to_is_loaded_again(bases):
-    """An adapter is read back into the base as its files have it, whatever a run has done to the one in memory."""
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_base_that_was_written_to_is_loaded_again(bases, seen):
+    """An adapter is read back into the base as its files have it, whatever a run has done to the one in memory, and whether
+    torch counts such a write or not."""
     run = prepare(recipe_of(bases["bert"]), None, trial=True, shared=(common := Common()))
     path = bases["bert"][0]
     first, second = (common.fresh(run.task, path, run.about) for _ in range(2))
@@ -141,8 +146,44 @@ def test_a_base_that_was_written_to_is_loaded_again(bases):
     name = next(name for name in shared if name.endswith("word_embeddings.weight"))
     before = weights[name].detach().clone()
     with torch.no_grad():
-        weights[name][5, 3] += 1
+        (weights[name] if seen else weights[name].data)[5, 3] += 1
+    assert (weights[name]._version > 0) == seen
     assert torch.equal(common.fresh(run.task, path, run.about).get_parameter(name), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.int64, torch.complex64])
+def test_the_sum_of_a_tensor_tells_any_single_write(dtype):
+    """Whatever its type, its size and where in its storage it begins."""
+    for shape in ((), (1,), (7,), (3, 5)):
+        whole = torch.zeros(math.prod(shape) + 1).to(dtype)
+        tensor = whole[1:].view(shape)
+        before = _sum(tensor)
+        for place in range(tensor.numel()):
+            tensor.data.view(-1)[place] = 1
+            assert _sum(tensor) != before
+            tensor.data.view(-1)[place] = 0
+        assert _sum(tensor) == before
+
+
+def test_rows_are_read_anew_where_an_option_of_the_task_makes_them(tmp_path):
+    """Boxes in pixels and in thousandths are other boxes of the same file; what makes no rows shares them."""
+    chance, rows, common = random.Random(3), [], Common()
+    for _ in range(31):
+        words, boxes, tags = form(chance)
+        rows.append({"words": words, "boxes": boxes, "labels": tags, "page_size": SIZE})
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    base = save_base(tmp_path / "base", "layoutlm")
+
+    def boxes(unit, **options):
+        recipe = Recipe(model=str(base), task={"name": "document_token_classification", "boxes": unit, **options},
+                        data=DataOptions(file=str(file)), method=dict(LORA), training=TrainingOptions(precision="fp32"))  # fmt: skip
+        run = prepare(recipe, None, trial=True, shared=common)
+        return [example.value.boxes for example in run.rows["train"].examples]
+
+    pixels, thousandths = boxes("pixels"), boxes("thousandths")
+    assert pixels != thousandths
+    assert boxes("pixels") == pixels
 
 
 def test_new_heads_and_upper_blocks_in_one_pass(bases, tmp_path, monkeypatch, run_alone):
