@@ -166,7 +166,7 @@ def test_the_sum_of_a_tensor_tells_any_single_write(dtype):
 
 
 def test_rows_are_read_anew_where_an_option_of_the_task_makes_them(tmp_path):
-    """Boxes in pixels and in thousandths are other boxes of the same file; what makes no rows shares them."""
+    """Boxes in pixels and in thousandths are other boxes of the same file."""
     chance, rows, common = random.Random(3), [], Common()
     for _ in range(31):
         words, boxes, tags = form(chance)
@@ -175,9 +175,10 @@ def test_rows_are_read_anew_where_an_option_of_the_task_makes_them(tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     base = save_base(tmp_path / "base", "layoutlm")
 
-    def boxes(unit, **options):
-        recipe = Recipe(model=str(base), task={"name": "document_token_classification", "boxes": unit, **options},
-                        data=DataOptions(file=str(file)), method=dict(LORA), training=TrainingOptions(precision="fp32"))  # fmt: skip
+    def boxes(unit):
+        task = {"name": "document_token_classification", "boxes": unit}
+        training = TrainingOptions(precision="fp32")
+        recipe = Recipe(model=str(base), task=task, data=DataOptions(file=str(file)), method=dict(LORA), training=training)
         run = prepare(recipe, None, trial=True, shared=common)
         return [example.value.boxes for example in run.rows["train"].examples]
 
@@ -193,6 +194,21 @@ def test_new_heads_and_upper_blocks_in_one_pass(bases, tmp_path, monkeypatch, ru
     points = points_of(bases["bert"], {"method": upper, "epochs": 1}, {"method": upper, "seed": 3})
     results, said, _ = swept(tmp_path / "sweep", points, together=2)
     assert "points 1 to 2: together" in " ".join(said)
+    assert all("computed once a row" in " ".join(result["train"]["notes"]) for result in results.values())
+    compare(run_alone, tmp_path, points)
+
+
+def test_a_run_that_is_over_makes_room_on_the_disk_and_the_others_read_on(bases, tmp_path, monkeypatch, run_alone):
+    """The states of its test rows take the place of the training rows', which another run has yet to validate with."""
+    monkeypatch.setenv("AFINA_CACHE", str(tmp_path / "cache"))
+    upper = {**LORA, "layers_to_transform": [1]}
+    run = prepare(recipe_of(bases["bert"], upper), None, trial=True)
+    tokens = {side: sum(rows.lengths) for side, rows in run.rows.items()}
+    size = run.model.get_base_model().config.hidden_size * 4
+    room = {"trunk_cache": f"{(sum(tokens.values()) - tokens['test'] / 2) * size / 1e6:.4f}MB"}
+    points = points_of(bases["bert"], {"method": upper, "epochs": 1, **room},
+                       {"method": upper, "epochs": 2, "evaluate_every": 2, **room})  # fmt: skip
+    results, _, _ = swept(tmp_path / "sweep", points, together=2)
     assert all("computed once a row" in " ".join(result["train"]["notes"]) for result in results.values())
     compare(run_alone, tmp_path, points)
 

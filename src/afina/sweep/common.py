@@ -125,8 +125,8 @@ class _Exact:
 
 
 def _sum(tensor: torch.Tensor) -> int:
-    """Of all bits, read as whole numbers: a write through `.data` or numpy leaves the version as it is, and this hardly ever.
-    Takes no longer than to read the memory."""
+    """Of all bits, read as whole numbers: a write through `.data` or numpy leaves the version as it is, and this hardly
+    ever. Takes no longer than to read the memory."""
     if tensor.is_meta:
         return 0
     content = tensor.detach().contiguous().view(-1).view(torch.uint8)
