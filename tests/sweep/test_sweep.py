@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from document_bases import SIZE, form, save_base
 from language_bases import save
+from sound_bases import save_wav2vec2_ctc, write_transcripts
 from tiny_bases import save_bert, save_gpt2, write_rows
 
 from afina.core.files import read_weights
@@ -131,6 +132,25 @@ def test_last_blocks_share_a_trunk_one_after_another(bases, tmp_path, monkeypatc
     assert "copies of whole modules" in " ".join(said)
     assert "in a run before" in " ".join(results[2]["train"]["notes"])
     compare(run_alone, tmp_path, points)
+
+
+@pytest.mark.parametrize("letters", [None, "13w"])
+def test_a_task_knows_of_a_shared_base_what_it_knows_of_its_own(tmp_path, run_alone, letters):
+    """What it learns while the base is loaded (the windows of its convolutions, whether its letters are new), and so again
+    when the adapter is read back."""
+    base = save_wav2vec2_ctc(tmp_path / "base", "group", letters)
+    write_transcripts(tmp_path / "rows", 31)
+    points = [Point(rank, {"r": str(rank)}, Recipe(
+        model=str(base), task={"name": "speech_recognition"}, method={"name": "lora", "r": rank},
+        data=DataOptions(file=str(tmp_path / "rows" / "metadata.csv")),
+        training=TrainingOptions(epochs=1, batch_size=7, learning_rate=5e-3, precision="fp32"),
+    )) for rank in (1, 2)]  # fmt: skip
+    results, _, _ = swept(tmp_path / "sweep", points)
+    for point in points:
+        _, expected = run_alone(point.recipe)
+        assert results[point.number]["task"] == expected["task"]
+        assert results[point.number]["baselines"].keys() == expected["baselines"].keys()
+    compare(run_alone, tmp_path, points[1:])
 
 
 @pytest.mark.parametrize("seen", [True, False])
