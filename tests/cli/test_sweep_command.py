@@ -85,6 +85,10 @@ def test_everything_wrong_with_a_grid_is_told_together(places, afina, tmp_path):
         "lora_alpha is given twice", "seed=1,1: 1 comes twice", "--array 5/4: expected K/N",
     ):  # fmt: skip
         assert words in said.err
+    for word in ("learning_rat=1,2", "r=8,", "r", "seed=1,1"):
+        refused = afina(*started(places, tmp_path / "x"), "--grid", word)
+        assert refused.code == 1
+        assert "the grid is empty" not in refused.err
     empty = afina(*started(places, tmp_path / "x"), "--grid", "r=8")
     assert "the grid is empty" in empty.err
     same = afina(*started(places, tmp_path / "x"), "--grid", "learning_rate=1e-3,0.001")

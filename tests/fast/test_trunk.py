@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from bases import BASES, LAYERS, made, rows
@@ -154,6 +156,70 @@ def test_states_come_back_bit_for_bit(tmp_path, dtype):
             assert torch.equal(read.get(digest), row)
     (tmp_path / "states.bin").write_bytes(b"cut off")
     assert States(tmp_path, GENEROUS).rows == {}
+
+
+def test_several_who_add_at_once_read_what_each_has_added(tmp_path):
+    """Whoever is first adds for all; a third sees those rows, and none of the others, who end up with rows at the same
+    place of the file."""
+    published = States(tmp_path, GENEROUS)
+    made_rows = {f"{n}": torch.randn(n, 7) for n in range(1, 10)}
+    published.add("1", made_rows["1"])
+    published.keep()
+    del published  # it is over
+    one, other = States(tmp_path, GENEROUS), States(tmp_path, GENEROUS)
+    for digests in (("2", "3"), ("4", "2")), (("5",), ("6", "7")):
+        for states, own in zip((one, other), digests, strict=True):
+            assert all(states.add(digest, made_rows[digest]) for digest in own)
+    for states in (one, other):
+        states.keep()
+    third = States(tmp_path, GENEROUS)
+    for states, there in ((one, "1235"), (other, "12467"), (third, "1235")):
+        assert set(states.rows) == set(there)
+        assert all(torch.equal(states.get(digest), made_rows[digest]) for digest in there)
+    del one
+    assert third.add("8", made_rows["8"])
+    third.keep()
+    last = States(tmp_path, GENEROUS)
+    assert set(last.rows) == set("12358")
+    assert all(torch.equal(last.get(digest), made_rows[digest]) for digest in last.rows)
+
+
+def test_who_adds_later_has_what_others_have_added_meanwhile(tmp_path):
+    early, made_rows = States(tmp_path, GENEROUS), {f"{n}": torch.randn(n, 3, 5) for n in range(1, 4)}
+    other = States(tmp_path, GENEROUS)
+    other.add("1", made_rows["1"])
+    other.keep()
+    del other
+    for digest in "231":
+        assert early.add(digest, made_rows[digest])
+    early.keep()
+    for states in (early, States(tmp_path, GENEROUS)):
+        assert all(torch.equal(states.get(digest), made_rows[digest]) for digest in "123")
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_folder_that_others_remove_is_read_on(tmp_path, anew):
+    """To make room, while runs still read it; what one of them adds then is not taken for what a new folder holds."""
+    folder, made_rows = tmp_path / "trunk", {f"{n}": torch.randn(n, 7) for n in range(1, 5)}
+    writer = States(folder, GENEROUS)
+    for digest in "12":
+        writer.add(digest, made_rows[digest])
+    writer.keep()
+    reader = States(folder, GENEROUS)
+    shutil.rmtree(folder)
+    new = States(folder, GENEROUS) if anew else None
+    assert writer.add("3", made_rows["3"])
+    assert reader.add("4", made_rows["4"]) == anew
+    for states in (writer, reader):
+        states.keep()
+    for states, there in ((writer, "123"), (reader, "124" if anew else "12")):
+        assert all(torch.equal(states.get(digest), made_rows[digest]) for digest in there)
+    assert States(folder, GENEROUS).rows == {}
+    if new is not None:
+        assert all(new.add(digest, made_rows["1"] + 1) for digest in "1234")
+        assert torch.equal(new.get("1"), made_rows["1"] + 1)
+        writer.keep()
+        assert States(folder, GENEROUS).rows == {}
 
 
 @pytest.mark.parametrize(

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+import random
 
 import pytest
 import torch
 import torch.nn.functional as F
+from document_bases import SIZE, form, save_base
 from language_bases import save
+from sound_bases import save_wav2vec2_ctc, write_transcripts
 from tiny_bases import save_bert, save_gpt2, write_rows
 
 from afina.core.files import read_weights
 from afina.errors import TrainingError
 from afina.fast.trunk import Trunk
 from afina.sweep import joined
-from afina.sweep.common import Common
+from afina.sweep.common import Common, _sum
 from afina.sweep.points import Point, best_of, results_of
 from afina.sweep.sweep import check_points, train_points
 from afina.training.recipe import DataOptions, Recipe, TrainingOptions
@@ -130,8 +134,29 @@ def test_last_blocks_share_a_trunk_one_after_another(bases, tmp_path, monkeypatc
     compare(run_alone, tmp_path, points)
 
 
-def test_a_base_that_was_written_to_is_loaded_again(bases):
-    """An adapter is read back into the base as its files have it, whatever a run has done to the one in memory."""
+@pytest.mark.parametrize("letters", [None, "13w"])
+def test_a_task_knows_of_a_shared_base_what_it_knows_of_its_own(tmp_path, run_alone, letters):
+    """What it learns while the base is loaded (the windows of its convolutions, whether its letters are new), and so again
+    when the adapter is read back."""
+    base = save_wav2vec2_ctc(tmp_path / "base", "group", letters)
+    write_transcripts(tmp_path / "rows", 31)
+    points = [Point(rank, {"r": str(rank)}, Recipe(
+        model=str(base), task={"name": "speech_recognition"}, method={"name": "lora", "r": rank},
+        data=DataOptions(file=str(tmp_path / "rows" / "metadata.csv")),
+        training=TrainingOptions(epochs=1, batch_size=7, learning_rate=5e-3, precision="fp32"),
+    )) for rank in (1, 2)]  # fmt: skip
+    results, _, _ = swept(tmp_path / "sweep", points)
+    for point in points:
+        _, expected = run_alone(point.recipe)
+        assert results[point.number]["task"] == expected["task"]
+        assert results[point.number]["baselines"].keys() == expected["baselines"].keys()
+    compare(run_alone, tmp_path, points[1:])
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_base_that_was_written_to_is_loaded_again(bases, seen):
+    """An adapter is read back into the base as its files have it, whatever a run has done to the one in memory, and whether
+    torch counts such a write or not."""
     run = prepare(recipe_of(bases["bert"]), None, trial=True, shared=(common := Common()))
     path = bases["bert"][0]
     first, second = (common.fresh(run.task, path, run.about) for _ in range(2))
@@ -141,8 +166,45 @@ def test_a_base_that_was_written_to_is_loaded_again(bases):
     name = next(name for name in shared if name.endswith("word_embeddings.weight"))
     before = weights[name].detach().clone()
     with torch.no_grad():
-        weights[name][5, 3] += 1
+        (weights[name] if seen else weights[name].data)[5, 3] += 1
+    assert (weights[name]._version > 0) == seen
     assert torch.equal(common.fresh(run.task, path, run.about).get_parameter(name), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.int64, torch.complex64])
+def test_the_sum_of_a_tensor_tells_any_single_write(dtype):
+    """Whatever its type, its size and where in its storage it begins."""
+    for shape in ((), (1,), (7,), (3, 5)):
+        whole = torch.zeros(math.prod(shape) + 1).to(dtype)
+        tensor = whole[1:].view(shape)
+        before = _sum(tensor)
+        for place in range(tensor.numel()):
+            tensor.data.view(-1)[place] = 1
+            assert _sum(tensor) != before
+            tensor.data.view(-1)[place] = 0
+        assert _sum(tensor) == before
+
+
+def test_rows_are_read_anew_where_an_option_of_the_task_makes_them(tmp_path):
+    """Boxes in pixels and in thousandths are other boxes of the same file."""
+    chance, rows, common = random.Random(3), [], Common()
+    for _ in range(31):
+        words, boxes, tags = form(chance)
+        rows.append({"words": words, "boxes": boxes, "labels": tags, "page_size": SIZE})
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    base = save_base(tmp_path / "base", "layoutlm")
+
+    def boxes(unit):
+        task = {"name": "document_token_classification", "boxes": unit}
+        training = TrainingOptions(precision="fp32")
+        recipe = Recipe(model=str(base), task=task, data=DataOptions(file=str(file)), method=dict(LORA), training=training)
+        run = prepare(recipe, None, trial=True, shared=common)
+        return [example.value.boxes for example in run.rows["train"].examples]
+
+    pixels, thousandths = boxes("pixels"), boxes("thousandths")
+    assert pixels != thousandths
+    assert boxes("pixels") == pixels
 
 
 def test_new_heads_and_upper_blocks_in_one_pass(bases, tmp_path, monkeypatch, run_alone):
@@ -152,6 +214,21 @@ def test_new_heads_and_upper_blocks_in_one_pass(bases, tmp_path, monkeypatch, ru
     points = points_of(bases["bert"], {"method": upper, "epochs": 1}, {"method": upper, "seed": 3})
     results, said, _ = swept(tmp_path / "sweep", points, together=2)
     assert "points 1 to 2: together" in " ".join(said)
+    assert all("computed once a row" in " ".join(result["train"]["notes"]) for result in results.values())
+    compare(run_alone, tmp_path, points)
+
+
+def test_a_run_that_is_over_makes_room_on_the_disk_and_the_others_read_on(bases, tmp_path, monkeypatch, run_alone):
+    """The states of its test rows take the place of the training rows', which another run has yet to validate with."""
+    monkeypatch.setenv("AFINA_CACHE", str(tmp_path / "cache"))
+    upper = {**LORA, "layers_to_transform": [1]}
+    run = prepare(recipe_of(bases["bert"], upper), None, trial=True)
+    tokens = {side: sum(rows.lengths) for side, rows in run.rows.items()}
+    size = run.model.get_base_model().config.hidden_size * 4
+    room = {"trunk_cache": f"{(sum(tokens.values()) - tokens['test'] / 2) * size / 1e6:.4f}MB"}
+    points = points_of(bases["bert"], {"method": upper, "epochs": 1, **room},
+                       {"method": upper, "epochs": 2, "evaluate_every": 2, **room})  # fmt: skip
+    results, _, _ = swept(tmp_path / "sweep", points, together=2)
     assert all("computed once a row" in " ".join(result["train"]["notes"]) for result in results.values())
     compare(run_alone, tmp_path, points)
 

@@ -239,6 +239,7 @@ def _points(typed: Sequence[str], given: dict[str, Any], problems: Problems) -> 
         key, equals, text_ = word.partition("=")
         if equals and key.strip() in ("method", "method.name"):
             methods = _values(text_)
+    told = len(problems.found)
     for word in words:
         key, equals, text_ = word.partition("=")
         key = key.strip().replace("-", "_")
@@ -260,7 +261,7 @@ def _points(typed: Sequence[str], given: dict[str, Any], problems: Problems) -> 
         count *= len(values)
     if count > _MOST:
         problems.add(f"the grid has {count:,} points; {_MOST:,} are the most. Take fewer values")
-    elif count == 1:
+    elif count == 1 and len(problems.found) == told:
         problems.add("the grid is empty: give a key with several values, for example --grid learning_rate=1e-4,1e-3")
     problems.raise_as(ConfigError)
     points: list[Point] = []

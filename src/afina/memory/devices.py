@@ -28,7 +28,7 @@ _CUBLAS = 8_519_680  # bytes of cuBLAS' workspace, torch's default before Hopper
 
 
 def allocator_of(device: str, *, tight: bool = False) -> Allocator:
-    """What tensors are taken from; `tight` as in `lean_step`."""
+    """What tensors are taken from; `tight`: what is freed goes back at once (`heap.py`)."""
     if device == "cuda":
         return Pools()
     return Heap(APART, TRIMMED) if tight else Heap(KEPT)

@@ -26,6 +26,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 APART = 1 << 20  # bytes from which tensors have pages of their own, that go back
 TRIMMED = 1 << 26  # bytes free at the heap's end from which they go back there, too
 KEPT = 1 << 28  # the same, where freed memory is kept: single tensors above are too rare to be worth their holes
+_MOST = 1 << 25  # of it that older versions of glibc take (2.36 takes any); they refuse more, and keep what was set before
 
 _lock, _keeping = threading.Lock(), 0  # how many ask at the moment that freed memory stays
 
@@ -67,4 +68,5 @@ def _set(options: dict[int, int]) -> None:
         with contextlib.suppress(OSError, AttributeError):
             library = ctypes.CDLL("libc.so.6")
             for option, value in options.items():
-                library.mallopt(option, value)
+                if not library.mallopt(option, value):
+                    library.mallopt(option, _MOST)

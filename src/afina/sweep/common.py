@@ -50,13 +50,14 @@ class Common(Shared):
     def base(self, task: Any, path: str, about: Any) -> Any:
         """A tree of modules around the one set of weights."""
 
-        def load() -> tuple[Any, Any]:
-            model = task.load_model(path)
+        def load() -> tuple[Any, Any, dict[str, Any]]:
+            model, learned = _loaded(task, path)
             chance = checkpoints.random_states()
             self._merge(model)
-            return model, chance
+            return model, chance, learned
 
-        model, chance = self.once("base", about, load)
+        model, chance, learned = self.once("base", about, load)
+        _tell(task, learned)
         checkpoints.set_random_states(chance)
         made = with_same_weights(model)
         self.origins[made] = model
@@ -64,18 +65,19 @@ class Common(Shared):
 
     def fresh(self, task: Any, path: str, about: Any) -> Any:
         """Loaded again once, and compared; after that what is known to be the same as in the files, unless it was written
-        to since."""
+        to since, be it behind torch's back."""
 
-        def load() -> tuple[Any, list[tuple[torch.Tensor, int]]]:
-            model = task.load_model(path)
+        def load() -> tuple[Any, dict[str, Any], list[tuple[torch.Tensor, int, int]]]:
+            model, learned = _loaded(task, path)
             self._merge(model)
-            return model, [(tensor, tensor._version) for tensor in (*model.parameters(), *model.buffers())]
+            return model, learned, [(t, t._version, _sum(t)) for t in (*model.parameters(), *model.buffers())]
 
         if task.storage.weights not in FLOATS:  # whose modules may change their own form as they compute
             return task.load_model(path)
-        model, seen = self.once("fresh base", about, load)
-        if any(tensor._version != version for tensor, version in seen):
+        model, learned, seen = self.once("fresh base", about, load)
+        if any(tensor._version != version or _sum(tensor) != total for tensor, version, total in seen):
             return task.load_model(path)
+        _tell(task, learned)
         return with_same_weights(model)
 
     def bare(self, base: nn.Module) -> Any:
@@ -122,6 +124,31 @@ class _Exact:
     def autocast(self) -> AbstractContextManager[Any]:
         """The arithmetic."""
         return self.task.storage.arithmetic(self.engine.device)  # type: ignore[no-any-return]
+
+
+def _loaded(task: Any, path: str) -> tuple[Any, dict[str, Any]]:
+    """The base, and what the task has learned while it was loaded: its attributes, those of `learned` by themselves."""
+    before, known = dict(vars(task)), dict(task.learned)
+    model = task.load_model(path)
+    found = {k: v for k, v in vars(task).items() if k != "learned" and (k not in before or before[k] is not v)}
+    return model, {**found, "learned": {k: v for k, v in task.learned.items() if k not in known or known[k] != v}}
+
+
+def _tell(task: Any, learned: dict[str, Any]) -> None:
+    """Let another task of the same kind know it."""
+    vars(task).update({k: v for k, v in learned.items() if k != "learned"})
+    task.learned |= copy.deepcopy(learned["learned"])
+
+
+def _sum(tensor: torch.Tensor) -> int:
+    """Of all bits, read as whole numbers: a write through `.data` or numpy leaves the version as it is, and this hardly
+    ever. Takes no longer than to read the memory."""
+    if tensor.is_meta:
+        return 0
+    content = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    content = content.clone() if content.storage_offset() % 8 else content
+    whole = len(content) // 8 * 8
+    return int(content[:whole].view(torch.int64).sum() + content[whole:].sum())
 
 
 def with_same_weights(model: nn.Module) -> Any:

@@ -44,6 +44,8 @@ def alone_because(run: Run) -> str | None:
         return "fp16 scales the gradients of each run by itself"
     if method_for(model.peft_config["default"]).kind == "prompt":
         return "virtual tokens make its rows longer than those of the others"
+    if run.task.tokenizer is None or run.task.unit == "samples":
+        return "its rows are not made of tokens"
     if run.task.writes_rows:
         return "what it learns from is written by its own model in every step"
     if wants_packing(model, run.task, recipe.training):

@@ -222,6 +222,8 @@ def _together(calls: Sequence[dict[str, Any]], pad: int, taken: set[int]) -> tup
     """One batch of several, the rows of each, and how wide each was."""
     if any(call.keys() != calls[0].keys() for call in calls):
         raise NotImplementedError("the runs call the model with different inputs")
+    if "input_ids" not in calls[0]:
+        raise NotImplementedError("the runs call the model with something else than tokens")
     counts = [len(call["input_ids"]) for call in calls]
     reference = "decoder_input_ids" if "decoder_input_ids" in calls[0] else "input_ids"
     made: dict[str, Any] = {}

@@ -83,6 +83,7 @@ def _prepared(
     config = recipe.check(problems, spell)
     chosen = tasks().get(str(recipe.task["name"]))
     kind = chosen.kind_for(recipe.task) if chosen is not None else None
+    asks = recipe.task if chosen is None or kind is not chosen.kind else recipe.task["name"]  # what rows are made as
     table, columns = None, dict[str, str]()
     if kind is None:
         pass  # the recipe's check has told it
@@ -92,7 +93,7 @@ def _prepared(
                 problems.add(f"{spell(f'data.{role}')} is missing")
     else:
         try:
-            table = shared.once("rows", recipe.data, lambda: rows_of(recipe.data, kind, spell))
+            table = shared.once("rows", (asks, recipe.data), lambda: rows_of(recipe.data, kind, spell))
             columns = chosen_columns(table, kind, recipe.data, problems, spell)
         except (DataError, MissingDependencyError) as error:
             problems.add(f"{spell('data.file')}: {error}")
@@ -141,7 +142,7 @@ def _prepared(
     assert source is not None
 
     seed = recipe.training.seed
-    rows_are = (recipe.task["name"], recipe.data, columns, seed)
+    rows_are = (asks, recipe.data, columns, seed)
     done = shared.once("split", rows_are, partial(divided, table, kind, recipe.data, columns=columns, seed=seed))
     table = None  # the cells that no example holds are let go
     splits = {name: [done.examples[i] for i in rows] for name, rows in done.sides.items()}

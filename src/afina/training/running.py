@@ -261,7 +261,8 @@ class Run:
             _let_go(self.model)
             give_back(device)
         load = partial(load_processor, self.source, self.task.processor_kind, folder)
-        processor = self.shared.once("processor as written", _digest(folder), load)
+        written = (self.source, self.recipe.task, _digest(folder))
+        processor = self.shared.once("processor as written", written, load)
         task = task_from_settings(self.task.settings(), processor, load_config(self.source))
         task.storage = self.task.storage
         base = self.shared.fresh(task, self.source.path, self.about)
