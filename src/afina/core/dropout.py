@@ -34,8 +34,8 @@ def keep_mask(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
     if isinstance(x, FakeTensor):  # without contents: what is followed is memory
         bits = torch.empty((n + 3) // 4, dtype=torch.int64).view(torch.int16)[:n]
         return (bits < 0).view(x.shape), factor
-    drawn = _SOURCE.bits((n + 3) // 4).view(np.uint16)[:n]
-    return torch.from_numpy(drawn < keep).view(x.shape), factor
+    drawn = _SOURCE.bits((n + 3) // 4).view(np.uint16)[:n].reshape(x.shape)
+    return torch.from_numpy(drawn < keep), factor
 
 
 def keep_steps(p: float) -> tuple[int, float]:
@@ -60,8 +60,7 @@ class _Source(threading.local):
         self.seed.random_()
         self.words[3] = 1
         self.generator.state = self.state
-        self.generator.random_raw(_MIXED, output=False)
-        return self.generator.random_raw(count)
+        return self.generator.random_raw(_MIXED + count)[_MIXED:]
 
 
 _SOURCE = _Source()
