@@ -40,8 +40,10 @@ def test_it_is_the_plain_formula(shape: tuple[int, ...], with_bias: bool) -> Non
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("few", [0, 2048])
 @pytest.mark.parametrize("p", [0.0, 0.4])
-def test_second_derivatives(p: float) -> None:
+def test_second_derivatives(p: float, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowrank, "_FEW_VALUES", few)
     x, weight, down, up = tensors((3, 5), (7, 5), (2, 5), (7, 2))
     weight = weight.detach()
 
@@ -62,9 +64,10 @@ def test_only_what_needs_a_gradient_gets_one(needed: tuple[int, ...]) -> None:
     assert [i for i, tensor in enumerate(inputs) if tensor.grad is not None] == list(needed)
 
 
+@pytest.mark.parametrize("rows", [11, 701])  # few values and many
 @pytest.mark.parametrize("grad", [True, False])
-def test_dropout_acts_on_the_input_of_the_product_alone(grad: bool) -> None:
-    x, weight, down, up = tensors((11, 5), (7, 5), (2, 5), (7, 2))
+def test_dropout_acts_on_the_input_of_the_product_alone(grad: bool, rows: int) -> None:
+    x, weight, down, up = tensors((rows, 5), (7, 5), (2, 5), (7, 2))
     weight = weight.detach()
     torch.manual_seed(0)
     kept, factor = keep_mask(x.detach(), 0.3)

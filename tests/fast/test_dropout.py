@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from afina.core.dropout import drop, keep_mask
+from afina.core.dropout import _SOURCE, drop, keep_mask
 from afina.fast.dropout import quick_dropout
 
 
@@ -26,6 +27,21 @@ def test_rate_and_independence(p, shape):
     assert factor == pytest.approx(1 / (1 - p), rel=1e-4)
     again, _ = keep_mask(torch.empty(shape), p)
     assert abs(float((flat * (again.double().flatten() - (1 - p)) / deviation).mean())) < 5 / n**0.5
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 2049])
+def test_the_bits_are_those_of_numpys_generator_of_that_seed(count):
+    """It is seeded in its memory, the form of which numpy does not promise."""
+    torch.manual_seed(count)
+    found = _SOURCE.bits(count)
+    torch.manual_seed(count)
+    generator = np.random.SFC64(0)
+    state = generator.state
+    torch.from_numpy(state["state"]["state"][:3].view(np.int64)).random_()
+    state["state"]["state"][3] = 1
+    generator.state = state
+    generator.random_raw(12)
+    assert np.array_equal(found, generator.random_raw(count))
 
 
 FEW, MANY = (7, 11, 13), (17, 19, 23)  # to either side of where a node of its own pays

@@ -13,7 +13,7 @@ use by `cast`, and the adapted layer gives the result in the dtype of the base's
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -383,13 +383,23 @@ class Chain(Adapter):
 
     def low_rank(self) -> tuple[Any, ...] | None:
         """Of its one low-rank product, beside which there may be a bias."""
-        made = [found for link in self.links if (found := link.low_rank()) is not None]  # type: ignore[operator]
-        others = len(self.links) - len(made)
-        return made[0] if len(made) == 1 and others == (self.whole_bias() is not None) else None
+        made, biases = [], 0
+        for link in self._held():
+            if (found := link.low_rank()) is not None:
+                made.append(found)
+            elif link.whole_bias() is None:
+                return None
+            else:
+                biases += 1
+        return made[0] if len(made) == 1 and biases <= 1 else None
 
     def whole_bias(self) -> torch.Tensor | None:
-        found = [bias for link in self.links if (bias := link.whole_bias()) is not None]  # type: ignore[operator]
+        found = [bias for link in self._held() if (bias := link.whole_bias()) is not None]
         return found[0] if len(found) == 1 else None
+
+    def _held(self) -> Iterable[Any]:
+        """The links; asked twice a pass, where to go through ModuleList is felt on small layers."""
+        return self._modules["links"]._modules.values()  # type: ignore[union-attr]
 
     def merge_into(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Weights:
         for link in self.links:

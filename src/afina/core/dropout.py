@@ -7,6 +7,7 @@ byte a value, where there are more than a few. On other devices, while compiling
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -34,8 +35,8 @@ def keep_mask(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
     if isinstance(x, FakeTensor):  # without contents: what is followed is memory
         bits = torch.empty((n + 3) // 4, dtype=torch.int64).view(torch.int16)[:n]
         return (bits < 0).view(x.shape), factor
-    drawn = _SOURCE.bits((n + 3) // 4).view(np.uint16)[:n]
-    return torch.from_numpy(drawn < keep).view(x.shape), factor
+    drawn = _SOURCE.bits((n + 3) // 4).view(np.uint16)[:n].reshape(x.shape)
+    return torch.from_numpy(drawn < keep), factor
 
 
 def keep_steps(p: float) -> tuple[int, float]:
@@ -45,13 +46,13 @@ def keep_steps(p: float) -> tuple[int, float]:
 
 
 class _Source(threading.local):
-    """One SFC64 a thread. To seed it anew takes a tenth of the time that to make one takes, which for some thousand values
-    is most of the work."""
+    """One SFC64 a thread. It is seeded anew where its numbers lie: to make one takes ten times as long, and to go through
+    numpy's setter as long as to draw what a small layer needs."""
 
     def __init__(self) -> None:
         self.generator = np.random.SFC64(0)
-        self.state: Any = self.generator.state
-        self.words = self.state["state"]["state"]  # uint64 [4]: the seed and a counter
+        place = (ctypes.c_uint64 * 4).from_address(self.generator.ctypes.state_address)
+        self.words: np.ndarray = np.ctypeslib.as_array(place)  # the seed and a counter
         with torch.inference_mode(False):  # or it could be written only where it was made
             self.seed = torch.from_numpy(self.words[:3].view(np.int64))
 
@@ -59,9 +60,7 @@ class _Source(threading.local):
         """So many numbers of 64 bits, after a seed that torch's generator gives."""
         self.seed.random_()
         self.words[3] = 1
-        self.generator.state = self.state
-        self.generator.random_raw(_MIXED, output=False)
-        return self.generator.random_raw(count)
+        return self.generator.random_raw(_MIXED + count)[_MIXED:]
 
 
 _SOURCE = _Source()

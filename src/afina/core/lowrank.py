@@ -26,6 +26,7 @@ from afina.core.lora_dropout import DROPOUT, is_seed, kernels
 __all__ = ["LowRank", "fused_dtype", "low_rank_linear", "would_cast"]
 
 _FEW = 256  # rows
+_FEW_VALUES = 2048  # of an activation, for which a call costs more than its arithmetic
 _SMALL = 1 << 20  # values of a weight
 
 Optional = torch.Tensor | None
@@ -90,7 +91,8 @@ def _compute(
         kept, factor = DROPOUT.kept(rows, len(down), p)
         strength = scale * factor
         if not is_seed(kept):
-            seen = _number(kept, dtype).mul_(rows)
+            number = _number(kept, dtype)
+            seen = number.mul_(rows) if number.dtype is dtype else rows * number
     z = kernels().product(rows, down, kept, p) if is_seed(kept) else seen.mm(down.t())
     y = linear(x, _in_type(weight, dtype), _whole_bias(bias, shift, scale, dtype))
     _flat(y).addmm_(z, _in_type(up, dtype).t(), alpha=strength)
@@ -139,7 +141,10 @@ def _gradients(ctx: Any, saved: tuple[Any, ...], g: torch.Tensor) -> tuple[Optio
     if into_up:
         if torch.is_grad_enabled():  # for a second derivative z must be part of the graph
             z = seen.mm(down.t())
-        d_up = _scaled_product(z.t(), rows, up.t(), strength).t()
+        if rows.numel() <= _FEW_VALUES:  # laid as the parameter is, or its gradient would be copied into that form
+            d_up = _scaled_product(rows.t(), z, up, strength)
+        else:
+            d_up = _scaled_product(z.t(), rows, up.t(), strength).t()
     d_z = _scaled_product(rows, up, z, strength)
     if into_down:
         d_down = kernels().product_gradient(d_z, seen, kept, ctx.p) if drawn else d_z.t().mm(seen)
@@ -217,5 +222,6 @@ def _known_to_engines(weight: torch.Tensor) -> tuple[torch.Tensor, bool]:
 
 
 def _number(kept: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """1 where it is true, else 0."""
-    return kept.view(torch.uint8).to(dtype)  # much faster than from bool
+    """1 where it is true, else 0: of that type, or of one byte where there are few."""
+    number = kept.view(torch.uint8)  # much faster than from bool
+    return number if number.numel() <= _FEW_VALUES else number.to(dtype)
