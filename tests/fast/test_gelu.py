@@ -12,8 +12,10 @@ from afina.fast.gelu import quick_gelu
 from afina.memory.keeping import _gives, keep_less
 
 tanh = nn.GELU(approximate="tanh")
+multiplied = pytest.mark.skipif(not gelu._works(), reason="oneDNN does not multiply bfloat16 on this processor (AVX-512)")
 
 
+@multiplied
 def test_all_but_five_values_have_the_bits_of_torchs_own():
     bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     x = bits[bits.isfinite() & (bits.abs() >= torch.finfo(torch.bfloat16).tiny)]
@@ -28,6 +30,7 @@ def test_all_but_five_values_have_the_bits_of_torchs_own():
     assert found[small].abs().max() < 2e-7
 
 
+@multiplied
 @pytest.mark.parametrize("shape", [(7, 13, 384), (1, 32768), (512, 33)])
 def test_gradients_are_torchs_own(shape, monkeypatch):
     x = torch.randn(shape).bfloat16().requires_grad_()
@@ -56,6 +59,21 @@ def test_what_does_not_suit_goes_torchs_way(x, monkeypatch):
         assert torch.equal(nn.GELU()(x), F.gelu(x))
 
 
+def test_a_processor_that_cannot_goes_torchs_way(monkeypatch):
+    def refuses(*args):
+        raise RuntimeError("could not create a primitive descriptor for the inner product forward propagation primitive")
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", refuses)
+    gelu._works.cache_clear()
+    try:
+        x = torch.randn(96, 512).bfloat16()
+        with quick_gelu():
+            assert torch.equal(tanh(x), F.gelu(x, approximate="tanh"))
+    finally:
+        gelu._works.cache_clear()
+
+
+@multiplied
 def test_it_is_computed_again_for_backward_as_torchs_is():
     """What a product keeps of it is nothing: backward has the input."""
     block = nn.Sequential(nn.Linear(61, 512), tanh, nn.Linear(512, 3)).bfloat16()

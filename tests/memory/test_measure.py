@@ -67,3 +67,6 @@ def test_a_refused_allocation_is_told_from_other_errors():
         torch.ones(3, 5) @ torch.ones(3, 5)
     assert not is_out_of_memory(other.value)
     assert not is_out_of_memory(ValueError("out of memory"))
+    assert is_out_of_memory(RuntimeError("could not create a primitive"))  # oneDNN, of its workspace
+    lacking = "could not create a primitive descriptor for the inner product forward propagation primitive"
+    assert not is_out_of_memory(RuntimeError(lacking))  # the processor does not do it

@@ -13,7 +13,7 @@ from tiny_bases import save_bert, write_rows
 from afina.errors import AfinaError, CheckpointError, ConfigError, TrainingError
 from afina.training import checkpoints
 from afina.training.loop import _stop_unless_moved, fit, make_engine
-from afina.training.precision import choose_precision
+from afina.training.precision import choose_precision, slow_precision
 from afina.training.recipe import DataOptions, Recipe, TrainingOptions
 from afina.training.run import prepare
 
@@ -182,6 +182,17 @@ def test_t45_fp16_on_a_cpu_names_the_alternative():
         choose_precision("fp16", cpu)
     assert choose_precision("fp32", cpu) == "fp32"
     assert choose_precision("auto", cpu) in ("fp32", "bf16")
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_t45_bf16_by_detours_is_told(monkeypatch, native):
+    cpu = torch.device("cpu")
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: native, raising=False)
+    assert choose_precision("auto", cpu) == ("bf16" if native else "fp32")
+    assert choose_precision("bf16", cpu) == "bf16"
+    assert bool(slow_precision("bf16", cpu)) is not native
+    assert not slow_precision("fp32", cpu)
 
 
 def test_t44_processes_that_do_not_see_each_other(monkeypatch):

@@ -42,9 +42,19 @@ def _gelu(input: torch.Tensor, approximate: str = "none") -> torch.Tensor:
 def _suits(x: torch.Tensor) -> bool:
     if type(x) is not torch.Tensor or not x.is_cpu or x.dtype != torch.bfloat16 or not x.is_contiguous():
         return False
-    if x.numel() < _SMALLEST or x.numel() % _SIDE or not torch.backends.mkldnn.is_available():
+    if x.numel() < _SMALLEST or x.numel() % _SIDE or not _works():
         return False
     return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
+@cache
+def _works() -> bool:
+    """Whether oneDNN is there and multiplies bfloat16 on this processor; it does not without AVX-512."""
+    try:
+        _value(torch.zeros(1, _SIDE, dtype=torch.bfloat16))
+    except (AttributeError, RuntimeError):
+        return False
+    return True
 
 
 @cache

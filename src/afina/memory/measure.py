@@ -132,4 +132,5 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out: a GPU's, or a CPU allocation that the system refused."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _REFUSED)
+    said = str(error).replace("primitive descriptor", "")  # which a processor that lacks an operation is refused
+    return isinstance(error, RuntimeError) and any(words in said for words in _REFUSED)

@@ -10,7 +10,7 @@ import torch
 
 from afina.errors import ConfigError
 
-__all__ = ["choose_precision"]
+__all__ = ["choose_precision", "slow_precision"]
 
 
 def choose_precision(asked: str, device: torch.device) -> str:
@@ -28,6 +28,13 @@ def choose_precision(asked: str, device: torch.device) -> str:
     if asked == "auto":
         return "bf16" if native else "fp32"
     return asked
+
+
+def slow_precision(precision: str, device: torch.device) -> list[str]:
+    """What to tell of a precision that the device does by detours."""
+    if device.type != "cpu" or precision != "bf16" or _cpu_best() == "bf16":
+        return []
+    return ["this processor has no arithmetic in bf16 and gets it by detours, at a fraction of the speed of fp32"]
 
 
 def _cpu_best() -> str:

@@ -32,7 +32,7 @@ from afina.training.engines.choose import check_engine
 from afina.training.first import first_of_the_node
 from afina.training.models import aim, find_model, load_config, load_processor
 from afina.training.plan import planner_of
-from afina.training.precision import choose_precision
+from afina.training.precision import choose_precision, slow_precision
 from afina.training.recipe import Recipe
 from afina.training.run_folder import RECIPE
 from afina.training.running import Run
@@ -174,7 +174,7 @@ def _prepared(
     large_tensors_apart()  # what loading lets go goes back
     base = shared.base(task, source.path, (named, learned, recipe.memory.weights, seed))
     asked = spell("data.new_tokens") if recipe.data.new_tokens else "the tokenizer"
-    notes = fit_embeddings(base, task.tokenizer, config, asked)
+    notes = slow_precision(precision, device) + fit_embeddings(base, task.tokenizer, config, asked)
     limit = task.limit(base) - int(getattr(config, "num_virtual_tokens", None) or 0)
     if recipe.training.max_length is not None and (task.tokenizer is None or task.unit == "samples"):
         raise ConfigError(f"{spell('training.max_length')}: {task.name} reads no tokens, so it does nothing; leave it out")
