@@ -116,10 +116,10 @@ def test_gradient_checkpointing_changes_nothing(run, base):
 # --- what is learned
 
 
-@pytest.mark.parametrize(("base", "epochs"), [("whisper", 13), ("two", 18), ("ctc", 25)])
+@pytest.mark.parametrize(("base", "epochs"), [("whisper", 18), ("two", 18), ("ctc", 40)])
 def test_every_way_learns_to_write(run, base, epochs):
-    """By heart, for random weights tell one tone from another badly."""
-    made = run(base, epochs=epochs, learning_rate=1e-2 if base != "ctc" else 3e-2)
+    """By heart, for random weights tell one tone from another badly. Letters, for a word is wrong where one of them is."""
+    made = run(base, epochs=epochs, learning_rate=1e-2 if base != "ctc" else 2e-2)
     metrics = made.execute()
     assert ("untuned" in metrics["baselines"]) == (base != "ctc")
     trained = TrainedRun.load(made.output)
@@ -129,7 +129,7 @@ def test_every_way_learns_to_write(run, base, epochs):
         answers = trained.answers(trained.asked([e.row for e in examples]))
         found[name] = error_rates([a.text for a in answers], [e.label for e in examples])
     assert found["test"] == {key: metrics["test"][key] for key in found["test"]}
-    assert found["train"]["wer"] < metrics["baselines"]["commonest"]["wer"]
+    assert found["train"]["cer"] < metrics["baselines"]["commonest"]["cer"]
 
 
 def test_t05_letters_come_from_the_transcripts_and_their_layer_is_trained_and_kept(run):
