@@ -94,8 +94,8 @@ def seven_bits() -> bool:
 
 def _engine() -> str:
     known = torch.backends.quantized.supported_engines
-    order = ("x86", "fbgemm", "onednn", "qnnpack") if seven_bits() else ("onednn", "x86", "fbgemm", "qnnpack")  # fastest first
-    found = next((name for name in order if name in known), None)
+    fastest = ("x86", "fbgemm", "onednn", "qnnpack") if seven_bits() else ("onednn", "x86", "fbgemm", "qnnpack")
+    found = next((name for name in fastest if name in known), None)
     if found is None:
         raise ConfigError("--format int8: this torch has no quantised arithmetic for the CPU; take --format onnx-int8")
     return found
@@ -218,8 +218,8 @@ class Int8(Format):
         source.notes.append(f"{whole / kept:.1%} of the weights are int8, one scale for each output or row")
         if seven_bits():
             source.notes.append(
-                "this processor lacks VNNI, so inputs are rounded to 7 bits here, with about twice the error of 8; on one that "
-                "has it, and in --format onnx-int8, they have 8"
+                "this processor lacks VNNI, so inputs are rounded to 7 bits here, with about twice the error of 8; on one "
+                "that has it, and in --format onnx-int8, they have 8"
             )
 
     def load(self, folder: Path, task: Task) -> Any:
