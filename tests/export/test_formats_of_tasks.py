@@ -18,6 +18,7 @@ from afina.export.exporting import verify
 from afina.export.format import Settings
 from afina.export.formats import find_format
 from afina.export.golden import read_golden
+from afina.export.int8 import seven_bits
 from afina.export.measures import figures_of, with_references
 from afina.tasks.catalogue import task_from_settings
 from afina.training.trained import TrainedRun
@@ -66,6 +67,10 @@ def test_merged(runs, name, tmp_path):
 
 @pytest.mark.parametrize("name", CASES)
 def test_int8(runs, exports, name):
+    if name == "reward" and seven_bits():  # too much for what hangs on small differences, so it is refused
+        with pytest.raises(CheckpointError, match=r"0\.03 is allowed\n.*VNNI.*--format onnx-int8"):
+            exports(name, "int8")
+        return
     done = exports(name, "int8")
     ours, theirs, bare = both(runs(name), "int8", done.folder)
     error, moved = np.abs(theirs - ours).mean(), np.abs(bare - ours).mean()

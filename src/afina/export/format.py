@@ -97,6 +97,10 @@ class Format(ABC):
         (`rounds`) the mean one."""
         return 1e-4
 
+    def cure(self) -> str:
+        """What may help where rounding takes more than the tolerance; nothing where nothing is known."""
+        return ""
+
     def weights(self, folder: Path) -> int:
         """Bytes of the artefact, but for what is only told about it."""
         told = ("golden", "golden.json", "export.json", "README.md")

@@ -288,6 +288,7 @@ def replay(
     mean = sum(differences) / len(differences)
     if not problems.found and loose and not mean <= rounding:
         problems.add(f"its probabilities are {mean:.2g} from those of the run in the mean, where {rounding:.2g} is allowed")
+        problems.raise_as(CheckpointError, made.cure())
     problems.raise_as(CheckpointError)
     texts = sum(prompt["run"].get("continuation") is not None for prompt in golden["prompts"])
     same = same if texts else 0
